@@ -1,0 +1,816 @@
+"""repa_mini: REPresentation Alignment for diffusion transformers, the whole method in one file.
+
+REPA (Yu et al., ICLR 2025, arXiv 2410.06940) trains a diffusion transformer, here SiT, to predict the velocity of a
+path from data to noise, and pulls an early hidden state of it, which sees a *noisy* image, towards what a frozen
+self-supervised encoder says about the *clean* image:
+
+    x_t        = alpha_t x + sigma_t eps                         interpolant: t = 0 is data, t = 1 is noise
+    v          = alpha'_t x + sigma'_t eps                       its velocity (linear path: v = eps - x)
+    L_velocity = mean || v_theta(x_t, t, y) - v ||^2
+    L_REPA     = - mean over patches n of cos( y*[n], h_phi(h_t[n]) )       y* = encoder(x), h_phi = projector
+    L          = L_velocity + lambda L_REPA
+
+    python repa_mini.py --smoke            one minute on a CPU: built-in shapes, no download
+    python repa_mini.py                    SiT-S/2 on CIFAR-10 with DINOv2-S/14 targets, one GPU
+    python repa_mini.py --proj-coeff 0     the same run without REPA
+"""
+
+import argparse
+import copy
+import csv
+import difflib
+import math
+import os
+import signal
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake of the user's, as a sentence: what was given, what is allowed, what to do."""
+
+
+# ---- 1. SiT (Ma et al. 2024, arXiv 2401.08740): a vision transformer conditioned by adaLN-Zero, and REPA's projector
+
+
+class TimestepEmbedder(nn.Module):
+    """t (N,) in [0, 1] -> (N, D): 128 cosines and sines, then a two-layer MLP."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angles = t.float()[:, None] * frequencies  # (N, 128), in float32 as the authors have it
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """y (N,) -> (N, D). In training each label becomes the null label `num_classes` with probability `dropout_prob`."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, y):
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
+            y = torch.where(dropped, self.num_classes, y)
+        return self.embedding_table(y)
+
+
+def modulate(x, shift, scale):
+    """x (N, T, D), shift and scale (N, D), the same for every token."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class SiTBlock(nn.Module):
+    """A transformer block whose shifts, scales and gates come from the condition c; the gates start at zero."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D) -> (N, T, patch_size^2 * channels)."""
+
+    def __init__(self, hidden_size, out_features):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def sincos_position_table(hidden_size, grid_size):
+    """Fixed 2-D sine-cosine table (grid_size^2, hidden_size): first half columns, second half rows (as in MAE)."""
+    quarter = hidden_size // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid_size, D/2)
+    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, dim=0)  # token = row * grid + column
+    return torch.cat([columns, rows], dim=1).float()
+
+
+def xavier(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class SiT(nn.Module):
+    """SiT with REPA's projector. Keys and shapes of the state dict are the authors', so checkpoints interchange.
+
+    forward(x (N, C, H, W), t (N,), y (N,)) -> velocity (N, C, H, W), z_tilde (N, T, z_dim), with T patches. z_tilde is
+    the hidden state after block `encoder_depth`, projected; with `z_dim=0` there is no projector and z_tilde is None.
+    `num_classes` is also the null label. Raises ValueError for a depth outside 1..depth or sizes that do not divide.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=3, hidden_size=384, depth=12, num_heads=6,
+                 num_classes=10, class_dropout_prob=0.1, encoder_depth=4, z_dim=384, projector_dim=2048):  # fmt: skip
+        super().__init__()
+        if not 1 <= encoder_depth <= depth:
+            raise UserError(f"encoder depth {encoder_depth} is outside 1..{depth}, the blocks of this model")
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise UserError("input_size must be a multiple of patch_size, and hidden_size of num_heads and of 4")
+        self.in_channels, self.patch_size, self.grid_size = in_channels, patch_size, input_size // patch_size
+        self.num_classes, self.class_dropout_prob, self.encoder_depth = num_classes, class_dropout_prob, encoder_depth
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        table = sincos_position_table(hidden_size, self.grid_size)
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)  # (1, T, D)
+        self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.initialize_weights()
+
+        # Built last, so that a run with and a run without REPA draw the same SiT weights from one seed.
+        self.projectors = nn.ModuleList()
+        if z_dim > 0:
+            widths = [hidden_size, projector_dim, projector_dim, z_dim]
+            first, second, third = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
+            self.projectors.append(nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third).apply(xavier))
+
+    def initialize_weights(self):
+        """Xavier for linear layers, std 0.02 for embeddings, zero for modulation and output (adaLN-Zero)."""
+        self.apply(xavier)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def unpatchify(self, tokens):
+        """(N, T, p*p*C) -> (N, C, H, W)."""
+        n, g, p, c = len(tokens), self.grid_size, self.patch_size, self.in_channels
+        x = tokens.reshape(n, g, g, p, p, c)  # row, column, row in patch, column in patch, channel
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, g * p, g * p)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        z_tilde = None
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, c)
+            if i == self.encoder_depth and self.projectors:  # h_t, the hidden state that REPA aligns
+                z_tilde = self.projectors[0](x)
+        return self.unpatchify(self.final_layer(x, c)), z_tilde
+
+
+# The sizes of the SiT paper with REPA's encoder depths, and a Ti for laptops.
+SIT_SIZES = {
+    "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=512),
+    "S": dict(hidden_size=384, depth=12, num_heads=6, encoder_depth=4),
+    "B": dict(hidden_size=768, depth=12, num_heads=12, encoder_depth=4),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16, encoder_depth=8),
+    "XL": dict(hidden_size=1152, depth=28, num_heads=16, encoder_depth=8),
+}
+SIT_MODELS = {f"SiT-{size}/{p}": dict(patch_size=p, **kwargs) for size, kwargs in SIT_SIZES.items() for p in (2, 4, 8)}
+
+
+# ---- 2. Targets: what a frozen encoder says about the clean image, one token per SiT patch (the paper's Section 3.3)
+
+DEFAULT_ENCODER = "vit_small_patch14_dinov2.lvd142m"
+TINY_DINOV2 = dict(pretrained=False, embed_dim=64, depth=2, num_heads=2)  # with seeded random weights, for --smoke
+
+
+class TargetEncoder(nn.Module):
+    """A frozen timm encoder: images (N, 3, H, W) in [-1, 1] -> patch tokens (N, grid_size^2, embed_dim).
+
+    Images are normalised with the encoder's mean and std and resized (bicubic, as the authors do) so that its own
+    grid is grid_size x grid_size. A ViT gives its final-norm tokens without class and register tokens, a CNN its
+    feature map at stride 16. `weights` is a local .safetensors or .pth file, of which nothing is executed; without
+    it timm downloads the weights. `timm_kwargs` change the architecture.
+    Raises ValueError for an unknown encoder, a file that does not fit and a failed download.
+    """
+
+    def __init__(self, name=DEFAULT_ENCODER, grid_size=16, weights=None, pretrained=True, **timm_kwargs):
+        super().__init__()
+        if not timm.is_model(name):
+            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), cutoff=0))
+            raise UserError(f"encoder {name} is unknown to timm; its nearest names are {near}")
+        with torch.device("meta"):  # a look at the architecture, without memory or weights
+            probe = timm.create_model(name, pretrained=False, **timm_kwargs)
+        self.is_vit = hasattr(probe, "patch_embed") and hasattr(probe, "num_prefix_tokens")
+        if self.is_vit:
+            self.input_size, self.embed_dim = grid_size * probe.patch_embed.patch_size[0], probe.embed_dim
+            timm_kwargs["img_size"] = self.input_size
+        else:
+            stages = [i for i, stage in enumerate(probe.feature_info) if stage["reduction"] == 16]
+            if not stages or not hasattr(probe, "forward_intermediates"):
+                raise UserError(f"encoder {name} has neither patch tokens nor a feature map at stride 16")
+            self.input_size, self.stage = grid_size * 16, stages[-1]
+            self.embed_dim = probe.feature_info[self.stage]["num_chs"]
+
+        # Loaded with its head, then rid of it: with num_classes=0 timm would load non-strictly and keep random weights.
+        try:
+            if weights:
+                state = timm.models.load_state_dict(weights, weights_only=True)
+                timm_kwargs |= dict(pretrained_cfg_overlay=dict(state_dict=state))
+            self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
+        except Exception as error:  # timm's loaders raise many types
+            way_out = "check the network, give a file with --encoder-weights, or try --smoke, which needs no download"
+            way_out = f"{weights} must hold all of its weights and nothing else" if weights else way_out
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot load weights for encoder {name} ({type(error).__name__}: {reason}); {way_out}"
+            ) from error
+        self.model.reset_classifier(0)
+        config = self.model.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        self.shape = (grid_size**2, self.embed_dim)  # of one image's target
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)  # frozen: dropout and batch statistics stay in evaluation mode
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = ((images + 1) / 2 - self.mean) / self.std
+        x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bicubic")
+        if self.is_vit:
+            return self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
+        (x,) = self.model.forward_intermediates(x, indices=[self.stage], intermediates_only=True, stop_early=True)
+        return x.flatten(2).transpose(1, 2)  # (N, D, g, g) -> (N, g*g, D)
+
+
+# ---- 3. Losses
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def interpolant(t, path_type="linear"):
+    """alpha, sigma and their time derivatives at t, in t's shape: t = 0 is data, t = 1 is noise (Section 2)."""
+    t = at_least_float32(t)
+    if path_type == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path_type == "cosine":
+        angle = t * math.pi / 2
+        return angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
+    raise UserError(f"path type {path_type} is unknown; choose linear or cosine")
+
+
+def repa_loss(z_tilde, z):
+    """L_REPA = - mean over patches of cos(z[n], z_tilde[n]); both (..., D); a scalar in [-1, 1] (Section 3.3).
+
+    In float32 or better whatever comes in: squared lengths of half-precision tokens over- and underflow.
+    """
+    z_tilde = F.normalize(at_least_float32(z_tilde), dim=-1)
+    z = F.normalize(at_least_float32(z.detach()), dim=-1)
+    return -(z_tilde * z).sum(dim=-1).mean()
+
+
+def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
+    """(L_velocity, L_REPA) for clean images x and noise (N, C, H, W), times t and labels y (N,), targets z (N, T, D).
+
+    Without z the second is NaN, not measured. The loss is their sum, the second weighted with lambda.
+    """
+    alpha, sigma, d_alpha, d_sigma = interpolant(t.view(-1, 1, 1, 1), path_type)
+    x_t = alpha * x + sigma * noise
+    v = d_alpha * x + d_sigma * noise
+    v_theta, z_tilde = model(x_t, t, y)
+    velocity_loss = F.mse_loss(at_least_float32(v_theta), v)
+    return velocity_loss, torch.full_like(velocity_loss, torch.nan) if z is None else repa_loss(z_tilde, z)
+
+
+# ---- 4. Samplers: from noise at t = 1 to an image at t = 0, in float64 (float32 where a device has none)
+
+
+def guided_velocity(model, x, t, y, cfg_scale, dtype):
+    """v_null + scale (v_y - v_null): classifier-free guidance; with scale 1 a single evaluation of the model."""
+    x_in, t_in = x.to(dtype), torch.full((len(x),), t, dtype=dtype, device=x.device)
+    if cfg_scale == 1:
+        return model(x_in, t_in, y)[0].to(x.dtype)
+    y_both = torch.cat([y, torch.full_like(y, model.num_classes)])
+    v, v_null = model(torch.cat([x_in, x_in]), torch.cat([t_in, t_in]), y_both)[0].to(x.dtype).chunk(2)
+    return v_null + cfg_scale * (v - v_null)
+
+
+def sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high):
+    """Check a sampler's arguments; give x(1) in float64 (float32 on MPS) and a list of (t, t_next, guidance scale)."""
+    if not 0 <= guidance_low <= guidance_high <= 1 or not math.isfinite(cfg_scale):
+        raise UserError(
+            f"guidance {cfg_scale} for t in [{guidance_low}, {guidance_high}]: give a number, 0 <= low <= high <= 1"
+        )
+    if cfg_scale != 1 and getattr(model, "class_dropout_prob", None) == 0:
+        raise UserError(f"guidance scale {cfg_scale} needs a model trained with label dropout; for this one give 1")
+    if y.min() < 0 or y.max() > model.num_classes:
+        raise UserError(f"class {max(y.tolist(), key=abs)} is beyond the model's: give 0 to {model.num_classes - 1}")
+    scales = [cfg_scale if guidance_low <= t <= guidance_high else 1.0 for t in times]
+    return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64), list(zip(times, times[1:], scales))
+
+
+@torch.no_grad()
+def sample_ode(model, noise, y, num_steps=50, heun=False, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0):
+    """Integrate dx/dt = v_theta(x, t, y) from t = 1 to 0 with Euler's or Heun's method.
+
+    noise: (N, C, H, W) = x(1); y: (N,). Returns x(0) in noise's shape and dtype. Guidance acts in the steps that
+    start at guidance_low <= t <= guidance_high. `model(x, t, y)` returns (velocity, ...). Raises ValueError.
+    """
+    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    x, steps = sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high)
+    for t, t_next, scale in steps:
+        v = guided_velocity(model, x, t, y, scale, noise.dtype)
+        if heun and t_next > 0:  # the last step stays Euler's, as the authors have it
+            v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, scale, noise.dtype)
+            v = (v + v_next) / 2
+        x = x + (t_next - t) * v
+    return x.to(noise.dtype)
+
+
+def score_from_velocity(v, x, t, path_type="linear"):
+    """grad log p_t(x) = (r v - x) / (sigma^2 - r sigma' sigma) with r = alpha / alpha', for t > 0 (Section 2)."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(torch.as_tensor(t, dtype=x.dtype, device=x.device), path_type)
+    r = alpha / d_alpha
+    return (r * v - x) / (sigma**2 - r * d_sigma * sigma)
+
+
+@torch.no_grad()
+def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
+               path_type="linear", generator=None):  # fmt: skip
+    """Euler-Maruyama on dx = (v - w_t/2 score) dt + sqrt(w_t) dW backwards in time, with w_t = 2t on both paths.
+
+    Arguments, result and errors as for `sample_ode`. num_steps - 1 noisy steps run from t = 1 to 0.04, then one
+    without noise to 0. `generator`, on noise's device, makes the noise reproducible.
+    """
+    times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+    x, steps = sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high)
+    for t, t_next, scale in steps:
+        v = guided_velocity(model, x, t, y, scale, noise.dtype)
+        w = 2 * t
+        x = x + (t_next - t) * (v - w / 2 * score_from_velocity(v, x, t, path_type))
+        if t_next > 0:
+            dw = math.sqrt(t - t_next) * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = x + math.sqrt(w) * dw
+    return x.to(noise.dtype)
+
+
+# ---- 5. Data: every split is one uint8 tensor (N, 3, 32, 32), small enough to live on the device
+
+Data = namedtuple("Data", "images labels val_images val_labels classes")
+
+
+def to_unit(pixels):
+    """uint8 -> float in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(x):
+    """float in [-1, 1] -> uint8."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_shapes(n, seed):
+    """n images (uint8) and labels of ten classes, each with its shape and hue; place, size, shade, background vary."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 10
+    axis = torch.arange(32) + 0.5
+    radius, cx, cy, value, saturation, grey = torch.rand(6, n, 1, 1, generator=g)
+    radius = 7 + 4 * radius  # pixels
+    u, v = torch.broadcast_tensors((axis - 11 - 10 * cx) / radius, (axis[:, None] - 11 - 10 * cy) / radius)
+    length, larger, smaller = (u**2 + v**2).sqrt(), torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
+    inside = {  # positive inside the shape, growing by about 1 a radius
+        "disc": 1 - length,
+        "square": 0.85 - larger,
+        "diamond": 1.1 - u.abs() - v.abs(),
+        "triangle": torch.minimum(0.8 - v, 0.5 + v / 2 - u.abs()),
+        "ring": 0.25 - (length - 0.75).abs(),
+        "plus": torch.minimum(1 - larger, 0.3 - smaller),
+        "cross": torch.minimum(0.9 - larger, 0.35 - (larger - smaller)),
+        "horizontal bar": torch.minimum(1 - u.abs(), 0.4 - v.abs()),
+        "vertical bar": torch.minimum(1 - v.abs(), 0.4 - u.abs()),
+        "star": 0.65 + 0.35 * torch.cos(5 * torch.atan2(u, -v)) - length,
+    }
+    mask = torch.stack(list(inside.values()))[labels, torch.arange(n)] * radius + 0.5
+    mask = mask.clamp(0, 1)[:, None]  # (n, 1, 32, 32)
+    # HSV to RGB: channel = value (1 - saturation ramp(hue)); the hue is the class's, a tenth of the circle each.
+    k = (torch.tensor([5, 3, 1]) + 0.6 * labels[:, None]) % 6
+    ramp = torch.minimum(k, 4 - k).clamp(0, 1)[:, :, None, None]
+    colour = (0.7 + 0.3 * value[:, None]) * (1 - (0.8 + 0.2 * saturation[:, None]) * ramp)
+    pixels = mask * colour + (1 - mask) * 0.4 * grey[:, None]
+    return (255 * pixels).round().to(torch.uint8), labels, list(inside)
+
+
+def read_image(path):
+    """Any image -> (3, 32, 32) uint8: centre-cropped to a square, resized."""
+    try:
+        with Image.open(path) as image:
+            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def load_folder(folder):
+    """FOLDER/<class>/<image> -> images, labels, class names."""
+    try:
+        listing = ImageFolder(folder, loader=read_image)
+    except FileNotFoundError as error:
+        raise UserError(f"--data {folder}: {error}; give FOLDER/<class>/<image>, some in every class") from error
+    images = torch.stack([image for image, _ in tqdm(listing, desc=f"loading {folder}")])
+    return images, torch.tensor(listing.targets), listing.classes
+
+
+def load_data(args):
+    """A folder of images, the built-in shapes, or CIFAR-10 (downloaded once, to ./data)."""
+    if args.data:
+        root = Path(args.data)
+        images, labels, classes = load_folder(root / "train" if (root / "train").is_dir() else root)
+        if (root / "train").is_dir() and (root / "test").is_dir():
+            val_images, val_labels, val_classes = load_folder(root / "test")
+            if val_classes != classes:
+                raise UserError(
+                    f"--data {root}: test/ has the classes {val_classes}, and train/ {classes}; make them equal"
+                )
+            return Data(images, labels, val_images, val_labels, classes)
+        # Held out: of every class a seeded 2%, at least one image.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        members = [order[labels[order] == label] for label in range(len(classes))]
+        val, train = (torch.cat(part) for part in zip(*(m.tensor_split([max(1, len(m) // 50)]) for m in members)))
+        return Data(images[train], labels[train], images[val], labels[val], classes)
+    if args.smoke:
+        return Data(*draw_shapes(4000, seed=0)[:2], *draw_shapes(200, seed=1))
+    try:
+        splits = [CIFAR10("data", train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        way_out = "check the network, give a folder of images with --data, or try --smoke"
+        raise UserError(f"cannot download CIFAR-10 ({error}); {way_out}") from error
+    tensors = [(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits]
+    return Data(*tensors[0], *tensors[1], splits[0].classes)
+
+
+# ---- 6. Training
+
+COLUMNS = "step velocity_loss repa_loss grad_norm val_velocity_loss val_alignment images_per_second".split()
+CHECKPOINT = "config sit classes step model ema optimizer scaler rows metrics".split()
+
+
+def pick_device(name=None):
+    """The named device, or the first there is of CUDA, MPS and CPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name or best).device
+    except Exception as error:
+        raise UserError(f"--device {name} is not here ({str(error)[:80]}); {best} is") from error
+
+
+def autocast(device):
+    """bf16 on GPUs that have it natively, fp16 on older ones (their gradients are scaled), float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.autocast("cpu", enabled=False)
+    native = torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.autocast("cuda", dtype=torch.bfloat16 if native else torch.float16)
+
+
+@torch.no_grad()
+def compute_targets(encoder, images, flips=(False,), where=None):
+    """The encoder's tokens for uint8 images, plain or flipped: (len(flips), N, T, D), in half precision on `where`."""
+    targets = torch.empty(len(flips), len(images), *encoder.shape, dtype=torch.half, device=where or images.device)
+    for i in tqdm(range(0, len(images), 100), "computing targets"):
+        x = to_unit(images[i : i + 100])
+        with autocast(x.device):
+            for j, flip in enumerate(flips):
+                targets[j, i : i + 100] = encoder(x.flip(-1) if flip else x)
+    return targets
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, targets, path_type):
+    """Mean velocity loss and mean patch cosine (NaN without targets), with noise and times that never change."""
+    g = torch.Generator().manual_seed(0)
+    sums = torch.zeros(2, device=images.device)
+    for i in range(0, len(images), 100):
+        x, y, z = to_unit(images[i : i + 100]), labels[i : i + 100], None if targets is None else targets[i : i + 100]
+        noise, t = torch.randn(x.shape, generator=g).to(x), torch.rand(len(x), generator=g).to(x)
+        with autocast(x.device):
+            sums += len(x) * torch.stack(training_losses(model, x, noise, t, y, z, path_type))
+    velocity_loss, projection_loss = (sums / len(images)).tolist()
+    return velocity_loss, -projection_loss
+
+
+def write_grid(path, model, num_steps, cfg_scale):
+    """Ten samples of each class (ten at most), one class a row, from noise that never changes."""
+    device, rows = model.pos_embed.device, min(10, model.num_classes)
+    noise = torch.randn(10 * rows, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    y = torch.arange(rows, device=device).repeat_interleave(10)
+    with autocast(device):
+        save_image(to_pixels(sample_ode(model, noise, y, num_steps, cfg_scale=cfg_scale)) / 255, path, nrow=10)
+
+
+def save_checkpoint(path, state):
+    """Write to a temporary file, sync, rename: `path` always holds one complete checkpoint."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error}); the one before it is untouched: make room and --resume"
+        ) from error
+
+
+def load_checkpoint(path):
+    """A checkpoint on the CPU; nothing in the file is executed. Raises ValueError with the reason."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}; give the checkpoint.pt of a run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in CHECKPOINT}
+    except Exception as error:
+        reason = "it is truncated, not a run's checkpoint.pt, or holds more than tensors and plain values"
+        raise UserError(f"cannot use {path} ({type(error).__name__}): {reason}") from error
+
+
+def check_finite(rows, step, fp16):
+    """The mean velocity loss, REPA loss and gradient norm of the last steps; an error if one was not finite."""
+    table = torch.stack(rows).cpu()  # the one place where the host waits for the device
+    bad = ~table[:, 3].isfinite() | ~(table[:, 2].isfinite() | fp16)  # fp16: a skipped step has no gradient norm
+    for i in bad.nonzero().flatten().tolist():
+        numbers = "velocity loss {:.4g}, REPA loss {:.4g}, gradient norm {:.4g}".format(*table[i, :3])
+        way_out = "the last good checkpoint is kept; try a smaller --learning-rate"
+        raise UserError(f"not finite at step {step - len(rows) + i + 1}: {numbers}; {way_out}")
+    return torch.where(table.isfinite(), table, torch.nan).nanmean(dim=0)[:3].tolist()
+
+
+def train(args, state=None):
+    """Train as the options say, going on from `state`, a checkpoint, if there is one. Returns the exit code."""
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch._inductor.config.fallback_random = True  # compiled or not, the same labels are dropped
+    if device.type == "cpu" and not args.smoke:
+        print("training on a CPU will be slow; --smoke is a run of one minute")
+
+    # Encoder, data, model. Pixels, labels and the held-out targets stay on the device.
+    sit = {**SIT_MODELS[args.model], "class_dropout_prob": args.cfg_prob, "z_dim": 0}
+    sit |= {name: getattr(args, name) for name in ("encoder_depth", "projector_dim") if getattr(args, name)}
+    grid_size, encoder, cache, val_targets = 32 // sit["patch_size"], None, None, None
+    if args.proj_coeff > 0:
+        torch.manual_seed(0)
+        tiny = TINY_DINOV2 if args.smoke and args.encoder == DEFAULT_ENCODER and not args.encoder_weights else {}
+        encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights, **tiny).to(device)
+        sit["z_dim"] = encoder.embed_dim
+    data = load_data(args)
+    if args.batch_size > len(data.images):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(data.images)} training images")
+    images, labels = data.images.to(device), data.labels.to(device)
+    some = torch.linspace(0, len(data.val_images) - 1, min(args.eval_images, len(data.val_images))).long()
+    val_images, val_labels = data.val_images[some].to(device), data.val_labels[some].to(device)
+    torch.manual_seed(args.seed)
+    sit["num_classes"] = len(data.classes)
+    model = SiT(**sit).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=device.type != "mps")
+    fp16 = autocast(device).fast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    if device.type == "cuda" and not args.no_compile:
+        for module in filter(None, [model, ema, encoder]):
+            module.compile()
+    if encoder:
+        val_targets = compute_targets(encoder, val_images)[0]
+    if encoder and args.cache_targets:
+        size = 2 * len(images) * 2 * math.prod(encoder.shape)  # plain and flipped, two bytes each
+        free = 0.7 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # the rest is for training
+        ram = 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        print(
+            f"--cache-targets takes {size / 1e9:.1f} GB; the GPU has {free / 1e9:.0f}, the RAM {ram / 1e9:.0f} to spare"
+        )
+        if size > max(free, ram):
+            raise UserError(f"the cached targets ({size / 1e9:.1f} GB) fit nowhere here: leave out --cache-targets")
+        cache = compute_targets(encoder, images, (False, True), device if size <= free else "cpu")
+
+    # Where the run goes, and from where it goes on.
+    start, rows, metrics = 0, [], ",".join(COLUMNS) + "\n"
+    if state:
+        for part, name in [(model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")]:
+            part.load_state_dict(state[name])
+        start, rows, metrics = state["step"], list(state["rows"].to(device)), state["metrics"]
+    number = 1 + max([int(path.name[:3]) for path in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
+    name = "smoke" if args.smoke else f"{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
+    folder = Path(args.output_dir or f"runs/{number:03d}-{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.csv").write_text(metrics)  # on resume without the rows past the checkpoint
+    print(f"{args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {device}, in {folder}")
+
+    def save(step):
+        if rows:
+            check_finite(rows, step, fp16)
+        states = [module.state_dict() for module in (model, ema, optimizer, scaler)]
+        log = [torch.stack(rows).cpu() if rows else torch.empty(0, 4), (folder / "metrics.csv").read_text()]
+        values = [vars(args), sit, data.classes, step, *states, *log]
+        save_checkpoint(folder / "checkpoint.pt", dict(zip(CHECKPOINT, values, strict=True)))
+
+    stop = []  # the signals that came; the step in hand is finished first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    if not state:
+        save(0)
+    order, clock, timed = None, None, 0
+    model.train()
+    for step in tqdm(range(start, args.max_train_steps), "training", initial=start, total=args.max_train_steps):
+        # A batch. Its random numbers depend on the seed and the step alone (the order of the images on the epoch):
+        # a resumed run draws what an uninterrupted one draws, and a run with REPA what one without draws.
+        epoch, i = divmod(step, len(images) // args.batch_size)
+        if order is None or i == 0:
+            torch.manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images), device=device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        index = order[i * args.batch_size : (i + 1) * args.batch_size]
+        flip = torch.rand(len(index), device=device) < 0.5
+        x = to_unit(images[index])
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        noise, t = torch.randn_like(x), torch.rand(len(x), device=device)
+
+        # The losses: L = L_velocity + lambda L_REPA.
+        with autocast(device):
+            z = None
+            if encoder and step < args.repa_stop_step:
+                z = (
+                    encoder(x)
+                    if cache is None
+                    else cache[flip.long().to(cache.device), index.to(cache.device)].to(device)
+                )
+            velocity_loss, projection_loss = training_losses(model, x, noise, t, labels[index], z, args.path_type)
+        loss = velocity_loss if z is None else velocity_loss + args.proj_coeff * projection_loss
+
+        # The update, then the moving average of the weights, which evaluation and sampling use.
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        decay = min(0.9999, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+
+        # Bookkeeping. The numbers stay on the device until a log line, so that no step waits for the host.
+        rows.append(torch.stack([velocity_loss, projection_loss, grad_norm, loss]).detach())
+        done, timed, row = step + 1, timed + len(x), {}
+        last = done == args.max_train_steps
+        saving = done % args.checkpointing_steps == 0 or last or bool(stop)
+        if done % args.log_every == 0 or last:
+            row = dict(zip(COLUMNS[1:4], check_finite(rows, done, fp16)))
+            row["images_per_second"] = timed / (time.perf_counter() - clock) if clock else torch.nan
+            rows.clear()
+        if done % args.eval_every == 0 or last:
+            row |= dict(zip(COLUMNS[4:6], evaluate(ema, val_images, val_labels, val_targets, args.path_type)))
+            write_grid(folder / f"samples_{done:07d}.png", ema, args.num_steps, args.cfg_scale)
+        if row:
+            row = {name: value for name, value in row.items() if not math.isnan(value)}
+            tqdm.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            with open(folder / "metrics.csv", "a") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"step": done, **row})
+        if saving:
+            save(done)
+        if clock is None or row or saving:
+            grad_norm.item()  # compilation, evaluation and saving stay outside the clock
+            clock, timed = time.perf_counter(), 0
+        if stop:
+            print(f"stopped after step {done}; to go on: python repa_mini.py --resume --output-dir {folder}")
+            return 128 + stop[0]
+    print(f"done: {folder / 'checkpoint.pt'} and {folder / f'samples_{args.max_train_steps:07d}.png'}")
+    return 0
+
+
+# ---- 7. Command line
+
+SMOKE = dict(model="SiT-Ti/4", batch_size=16, learning_rate=2e-3, max_train_steps=240, log_every=40, eval_every=240)
+SMOKE |= dict(checkpointing_steps=240, num_steps=20, cfg_scale=2.0, device="cpu")
+# What a resumed run may change: length, intervals, pictures, device.
+MAY_CHANGE = {"max_train_steps", "log_every", "eval_every", "checkpointing_steps", "num_steps", "cfg_scale"}
+MAY_CHANGE |= {"device", "no_compile", "output_dir", "resume"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser():
+    parser = Parser(description="Train a SiT with REPA.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="a run of one minute on a CPU, on built-in data")
+    add("--data", metavar="FOLDER", help="FOLDER/<class>/<image>, or FOLDER/train and FOLDER/test (default: CIFAR-10)")
+    add("--model", default="SiT-S/2", choices=SIT_MODELS, metavar="NAME", help="SiT-{Ti,S,B,L,XL}/{2,4,8}")
+    add("--encoder", default=DEFAULT_ENCODER, metavar="NAME", help="a timm ViT or CNN that gives the targets")
+    add("--encoder-weights", metavar="FILE", help="its weights, .safetensors or .pth (default: timm downloads them)")
+    add("--encoder-depth", type=int, help="the block whose hidden state is aligned (default: the model's)")
+    add("--projector-dim", type=int, help="width of the projector (default: the model's; the paper's is 2048)")
+    add("--proj-coeff", type=float, default=0.5, help="lambda, the weight of the REPA loss; 0 is the vanilla SiT")
+    add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from this step on (arXiv 2505.16792)")
+    add("--cache-targets", action="store_true", help="compute all targets once and keep them in memory")
+    add("--path-type", default="linear", choices=["linear", "cosine"], help="the interpolant")
+    add("--cfg-prob", type=float, default=0.1, help="label dropout, for classifier-free guidance")
+    add("--batch-size", type=int, default=256, help="images a step")
+    add("--learning-rate", type=float, default=1e-4, help="of AdamW, constant")
+    add("--max-train-steps", type=int, default=100_000, help="length of the run")
+    add("--log-every", type=int, default=100, help="steps between rows of metrics.csv")
+    add("--eval-every", type=int, default=5000, help="steps between evaluations and sample grids")
+    add("--eval-images", type=int, default=2000, help="held-out images to evaluate on, evenly spread")
+    add("--checkpointing-steps", type=int, default=5000, help="steps between checkpoints")
+    add("--num-steps", type=int, default=50, help="Euler steps for the sample grids")
+    add("--cfg-scale", type=float, default=1.0, help="guidance scale for the sample grids; 1 is none")
+    add("--seed", type=int, default=0, help="of weights, batches, noise and times")
+    add("--device", help="cuda, mps or cpu (default: the first that is there; with --smoke: cpu)")
+    add("--no-compile", action="store_true", help="no torch.compile on CUDA")
+    add("--output-dir", metavar="FOLDER", help="where the run goes (default: a new folder in runs/)")
+    add("--resume", action="store_true", help="go on from --output-dir's checkpoint, with its options")
+    return parser
+
+
+def check_options(args):
+    """Every mistake that shows before a model is built or a file is read. Raises ValueError with a sentence."""
+    depth = SIT_MODELS[args.model]["depth"]
+    holds_run = args.output_dir and Path(args.output_dir, "checkpoint.pt").exists()
+    counts = "batch_size max_train_steps log_every eval_every eval_images checkpointing_steps num_steps repa_stop_step"
+    for fine, name, allowed in [
+        *((getattr(args, name) >= 1, name, "at least 1") for name in counts.split()),
+        (args.encoder_depth is None or 1 <= args.encoder_depth <= depth, "encoder_depth", f"1 to {depth}"),
+        (args.projector_dim is None or args.projector_dim >= 1, "projector_dim", "at least 1"),
+        (0 <= args.proj_coeff < math.inf, "proj_coeff", "a number from 0, which is no REPA, up"),
+        (0 < args.learning_rate < math.inf, "learning_rate", "a positive number"),
+        (0 <= args.cfg_prob < 1, "cfg_prob", "a number in [0, 1)"),
+        (math.isfinite(args.cfg_scale), "cfg_scale", "a number; 1 is no guidance"),
+        (args.cfg_scale == 1 or args.cfg_prob > 0, "cfg_scale", "1, because without label dropout nothing can guide"),
+        (not args.data or Path(args.data).is_dir(), "data", "a folder that exists, FOLDER/<class>/<image>"),
+        (not args.encoder_weights or Path(args.encoder_weights).is_file(), "encoder_weights", "a file that exists"),
+        (not args.output_dir or not Path(args.output_dir).is_file(), "output_dir", "a folder, not a file"),
+        (args.output_dir or not args.resume, "output_dir", "the folder of the run to resume"),
+        (args.resume or not holds_run, "output_dir", "--resume too, or another folder: this one already holds a run"),
+    ]:
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {allowed}")
+    pick_device(args.device)
+
+
+def main(argv=None):
+    """Parse, check, train. Returns the exit code: 0, 2 after a mistake of the user's, 130 or 143 when stopped."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        parser, state = build_parser(), None
+        args = parser.parse_args(argv)
+        if args.smoke:
+            parser.set_defaults(**SMOKE)
+        if args.resume:
+            check_options(args)
+            state = load_checkpoint(Path(args.output_dir, "checkpoint.pt"))
+            parser.set_defaults(**state["config"])
+        args = parser.parse_args(argv)
+        check_options(args)
+        for name in state["config"].keys() - set(MAY_CHANGE.split()) if state else ():
+            if getattr(args, name) != state["config"][name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} contradicts the checkpoint: it has {state['config'][name]}"
+                )
+        return train(args, state)
+    except (UserError, OSError) as error:
+        print(f"repa_mini: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
