@@ -17,14 +17,11 @@ self-supervised encoder says about the *clean* image:
 
 import argparse
 import copy
-import csv
-import difflib
 import math
 import os
 import signal
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import timm
@@ -46,8 +43,6 @@ class UserError(ValueError):
 
 
 # ---- 1. SiT (Ma et al. 2024, arXiv 2401.08740): a vision transformer conditioned by adaLN-Zero, and REPA's projector
-
-
 class TimestepEmbedder(nn.Module):
     """t (N,) in [0, 1] -> (N, D): 128 cosines and sines, then a two-layer MLP."""
 
@@ -203,7 +198,6 @@ SIT_MODELS = {f"SiT-{size}/{p}": dict(patch_size=p, **kwargs) for size, kwargs i
 
 
 # ---- 2. Targets: what a frozen encoder says about the clean image, one token per SiT patch (the paper's Section 3.3)
-
 DEFAULT_ENCODER = "vit_small_patch14_dinov2.lvd142m"
 TINY_DINOV2 = dict(pretrained=False, embed_dim=64, depth=2, num_heads=2)  # with seeded random weights, for --smoke
 
@@ -211,49 +205,39 @@ TINY_DINOV2 = dict(pretrained=False, embed_dim=64, depth=2, num_heads=2)  # with
 class TargetEncoder(nn.Module):
     """A frozen timm encoder: images (N, 3, H, W) in [-1, 1] -> patch tokens (N, grid_size^2, embed_dim).
 
-    Images are normalised with the encoder's mean and std and resized (bicubic, as the authors do) so that its own
-    grid is grid_size x grid_size. A ViT gives its final-norm tokens without class and register tokens, a CNN its
-    feature map at stride 16. `weights` is a local .safetensors or .pth file, of which nothing is executed; without
-    it timm downloads the weights. `timm_kwargs` change the architecture.
-    Raises ValueError for an unknown encoder, a file that does not fit and a failed download.
+    Images are normalised and resized (bicubic, as the authors do) so that the encoder's own grid is grid_size. A ViT
+    gives its final-norm tokens without class and register tokens, a CNN its feature map at stride 16. `weights` is a
+    local .safetensors or .pth file, of which nothing is executed; without it timm downloads them. `timm_kwargs` change
+    the architecture. Raises ValueError for an unknown encoder, a file that does not fit and a failed download.
     """
 
     def __init__(self, name=DEFAULT_ENCODER, grid_size=16, weights=None, pretrained=True, **timm_kwargs):
         super().__init__()
-        if not timm.is_model(name):
-            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), cutoff=0))
-            raise UserError(f"encoder {name} is unknown to timm; its nearest names are {near}")
-        with torch.device("meta"):  # a look at the architecture, without memory or weights
-            probe = timm.create_model(name, pretrained=False, **timm_kwargs)
-        self.is_vit = hasattr(probe, "patch_embed") and hasattr(probe, "num_prefix_tokens")
-        if self.is_vit:
-            self.input_size, self.embed_dim = grid_size * probe.patch_embed.patch_size[0], probe.embed_dim
-            timm_kwargs["img_size"] = self.input_size
-        else:
-            stages = [i for i, stage in enumerate(probe.feature_info) if stage["reduction"] == 16]
-            if not stages or not hasattr(probe, "forward_intermediates"):
-                raise UserError(f"encoder {name} has neither patch tokens nor a feature map at stride 16")
-            self.input_size, self.stage = grid_size * 16, stages[-1]
-            self.embed_dim = probe.feature_info[self.stage]["num_chs"]
-
-        # Loaded with its head, then rid of it: with num_classes=0 timm would load non-strictly and keep random weights.
         try:
+            with torch.device("meta"):  # a look at the architecture, without memory or weights
+                probe = timm.create_model(name, pretrained=False, **timm_kwargs)
+            self.is_vit = hasattr(probe, "patch_embed") and hasattr(probe, "num_prefix_tokens")
+            if self.is_vit:
+                self.input_size, self.embed_dim = grid_size * probe.patch_embed.patch_size[0], probe.embed_dim
+                timm_kwargs["img_size"] = self.input_size
+            else:
+                strides = [stage["reduction"] for stage in probe.feature_info]
+                self.stage = max(i for i, stride in enumerate(strides) if stride == 16)
+                self.input_size, self.embed_dim = grid_size * 16, probe.feature_info[self.stage]["num_chs"]
+            # Loaded with its head, then rid of it: with num_classes=0 timm loads non-strictly, keeping random weights.
             if weights:
                 state = timm.models.load_state_dict(weights, weights_only=True)
-                timm_kwargs |= dict(pretrained_cfg_overlay=dict(state_dict=state))
+                timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state)
             self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
-        except Exception as error:  # timm's loaders raise many types
-            way_out = "check the network, give a file with --encoder-weights, or try --smoke, which needs no download"
-            way_out = f"{weights} must hold all of its weights and nothing else" if weights else way_out
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot load weights for encoder {name} ({type(error).__name__}: {reason}); {way_out}"
-            ) from error
+        except Exception as error:  # timm raises many types
+            way_out = "for a download check the network, give a file with --encoder-weights, or try --smoke"
+            way_out = f"{weights} must hold all of its tensors and nothing else" if weights else way_out
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot make encoder {name} ({type(error).__name__}: {reason}); {way_out}") from error
         self.model.reset_classifier(0)
-        config = self.model.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
-        self.shape = (grid_size**2, self.embed_dim)  # of one image's target
+        self.shape = (grid_size**2, self.embed_dim)  # of one image's tokens
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -270,8 +254,6 @@ class TargetEncoder(nn.Module):
 
 
 # ---- 3. Losses
-
-
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -311,8 +293,6 @@ def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
 
 
 # ---- 4. Samplers: from noise at t = 1 to an image at t = 0, in float64 (float32 where a device has none)
-
-
 def guided_velocity(model, x, t, y, cfg_scale, dtype):
     """v_null + scale (v_y - v_null): classifier-free guidance; with scale 1 a single evaluation of the model."""
     x_in, t_in = x.to(dtype), torch.full((len(x),), t, dtype=dtype, device=x.device)
@@ -323,17 +303,17 @@ def guided_velocity(model, x, t, y, cfg_scale, dtype):
     return v_null + cfg_scale * (v - v_null)
 
 
-def sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high):
-    """Check a sampler's arguments; give x(1) in float64 (float32 on MPS) and a list of (t, t_next, guidance scale)."""
-    if not 0 <= guidance_low <= guidance_high <= 1 or not math.isfinite(cfg_scale):
+def sampling_steps(model, noise, y, times, cfg_scale, low, high):
+    """Checks; x(1) in float64 (float32 on MPS, which has none) and a list of (t, t_next, guidance scale)."""
+    if not (0 <= low <= high <= 1 and math.isfinite(cfg_scale)):
         raise UserError(
-            f"guidance {cfg_scale} for t in [{guidance_low}, {guidance_high}]: give a number, 0 <= low <= high <= 1"
+            f"guidance scale {cfg_scale} for {low} <= t <= {high}: give a number, and 0 <= low <= high <= 1"
         )
     if cfg_scale != 1 and getattr(model, "class_dropout_prob", None) == 0:
         raise UserError(f"guidance scale {cfg_scale} needs a model trained with label dropout; for this one give 1")
     if y.min() < 0 or y.max() > model.num_classes:
-        raise UserError(f"class {max(y.tolist(), key=abs)} is beyond the model's: give 0 to {model.num_classes - 1}")
-    scales = [cfg_scale if guidance_low <= t <= guidance_high else 1.0 for t in times]
+        raise UserError(f"classes {y.min()} to {y.max()} were asked for; give 0 to {model.num_classes - 1}")
+    scales = [cfg_scale if low <= t <= high else 1.0 for t in times]
     return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64), list(zip(times, times[1:], scales))
 
 
@@ -383,10 +363,6 @@ def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, 
 
 
 # ---- 5. Data: every split is one uint8 tensor (N, 3, 32, 32), small enough to live on the device
-
-Data = namedtuple("Data", "images labels val_images val_labels classes")
-
-
 def to_unit(pixels):
     """uint8 -> float in [-1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -428,57 +404,53 @@ def draw_shapes(n, seed):
     return (255 * pixels).round().to(torch.uint8), labels, list(inside)
 
 
-def read_image(path):
-    """Any image -> (3, 32, 32) uint8: centre-cropped to a square, resized."""
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
-
-
 def load_folder(folder):
-    """FOLDER/<class>/<image> -> images, labels, class names."""
+    """FOLDER/<class>/<image> -> images, labels, class names. Any image is centre-cropped to a square and resized."""
     try:
-        listing = ImageFolder(folder, loader=read_image)
+        listing = ImageFolder(folder)
+        images = torch.empty(len(listing), 3, 32, 32, dtype=torch.uint8)
+        for i, (path, _) in enumerate(tqdm(listing.samples, f"loading {folder}")):
+            with Image.open(path) as image:
+                images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
     except FileNotFoundError as error:
         raise UserError(f"--data {folder}: {error}; give FOLDER/<class>/<image>, some in every class") from error
-    images = torch.stack([image for image, _ in tqdm(listing, desc=f"loading {folder}")])
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
     return images, torch.tensor(listing.targets), listing.classes
 
 
-def load_data(args):
-    """A folder of images, the built-in shapes, or CIFAR-10 (downloaded once, to ./data)."""
-    if args.data:
-        root = Path(args.data)
-        images, labels, classes = load_folder(root / "train" if (root / "train").is_dir() else root)
-        if (root / "train").is_dir() and (root / "test").is_dir():
-            val_images, val_labels, val_classes = load_folder(root / "test")
+def load_data(folder=None, smoke=False):
+    """A folder of images, the built-in shapes, or CIFAR-10 (downloaded once, to ./data), all uint8.
+
+    Returns training images (N, 3, 32, 32) and labels (N,), held-out images and labels, class names.
+    """
+    if folder:
+        train, test = Path(folder, "train"), Path(folder, "test")
+        images, labels, classes = load_folder(train if train.is_dir() else folder)
+        if train.is_dir() and test.is_dir():
+            val_images, val_labels, val_classes = load_folder(test)
             if val_classes != classes:
-                raise UserError(
-                    f"--data {root}: test/ has the classes {val_classes}, and train/ {classes}; make them equal"
-                )
-            return Data(images, labels, val_images, val_labels, classes)
+                raise UserError(f"{test} has the classes {val_classes}, and {train} {classes}; make them equal")
+            return images, labels, val_images, val_labels, classes
         # Held out: of every class a seeded 2%, at least one image.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         members = [order[labels[order] == label] for label in range(len(classes))]
         val, train = (torch.cat(part) for part in zip(*(m.tensor_split([max(1, len(m) // 50)]) for m in members)))
-        return Data(images[train], labels[train], images[val], labels[val], classes)
-    if args.smoke:
-        return Data(*draw_shapes(4000, seed=0)[:2], *draw_shapes(200, seed=1))
+        return images[train], labels[train], images[val], labels[val], classes
+    if smoke:
+        return *draw_shapes(4000, seed=0)[:2], *draw_shapes(200, seed=1)
     try:
-        splits = [CIFAR10("data", train=train, download=True) for train in (True, False)]
+        train, test = [CIFAR10("data", train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         way_out = "check the network, give a folder of images with --data, or try --smoke"
         raise UserError(f"cannot download CIFAR-10 ({error}); {way_out}") from error
-    tensors = [(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits]
-    return Data(*tensors[0], *tensors[1], splits[0].classes)
+    images, val_images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
+    return images, torch.tensor(train.targets), val_images, torch.tensor(test.targets), train.classes
 
 
 # ---- 6. Training
-
 COLUMNS = "step velocity_loss repa_loss grad_norm val_velocity_loss val_alignment images_per_second".split()
-CHECKPOINT = "config sit classes step model ema optimizer scaler rows metrics".split()
+CHECKPOINT = "config sit classes step rows metrics model ema optimizer scaler".split()
 
 
 def pick_device(name=None):
@@ -487,7 +459,7 @@ def pick_device(name=None):
     try:
         return torch.empty(0, device=name or best).device
     except Exception as error:
-        raise UserError(f"--device {name} is not here ({str(error)[:80]}); {best} is") from error
+        raise UserError(f"device {name} is not here ({str(error)[:80]}); {best} is") from error
 
 
 def autocast(device):
@@ -513,8 +485,7 @@ def compute_targets(encoder, images, flips=(False,), where=None):
 @torch.no_grad()
 def evaluate(model, images, labels, targets, path_type):
     """Mean velocity loss and mean patch cosine (NaN without targets), with noise and times that never change."""
-    g = torch.Generator().manual_seed(0)
-    sums = torch.zeros(2, device=images.device)
+    g, sums = torch.Generator().manual_seed(0), torch.zeros(2, device=images.device)
     for i in range(0, len(images), 100):
         x, y, z = to_unit(images[i : i + 100]), labels[i : i + 100], None if targets is None else targets[i : i + 100]
         noise, t = torch.randn(x.shape, generator=g).to(x), torch.rand(len(x), generator=g).to(x)
@@ -544,32 +515,26 @@ def save_checkpoint(path, state):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({error}); the one before it is untouched: make room and --resume"
-        ) from error
+        raise UserError(f"cannot write {path} ({error}); the one before is untouched: make room, --resume") from error
 
 
 def load_checkpoint(path):
     """A checkpoint on the CPU; nothing in the file is executed. Raises ValueError with the reason."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}; give the checkpoint.pt of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in CHECKPOINT}
     except Exception as error:
-        reason = "it is truncated, not a run's checkpoint.pt, or holds more than tensors and plain values"
-        raise UserError(f"cannot use {path} ({type(error).__name__}): {reason}") from error
+        reason = "a checkpoint.pt of repa_mini.py exists, is whole, and holds nothing but tensors and plain values"
+        raise UserError(f"cannot use checkpoint {path} ({type(error).__name__}); {reason}") from error
 
 
-def check_finite(rows, step, fp16):
-    """The mean velocity loss, REPA loss and gradient norm of the last steps; an error if one was not finite."""
-    table = torch.stack(rows).cpu()  # the one place where the host waits for the device
+def check_finite(table, step, fp16):
+    """table: (velocity loss, REPA loss, gradient norm, loss) of the last steps. Stops the run at one not finite."""
     bad = ~table[:, 3].isfinite() | ~(table[:, 2].isfinite() | fp16)  # fp16: a skipped step has no gradient norm
     for i in bad.nonzero().flatten().tolist():
         numbers = "velocity loss {:.4g}, REPA loss {:.4g}, gradient norm {:.4g}".format(*table[i, :3])
         way_out = "the last good checkpoint is kept; try a smaller --learning-rate"
-        raise UserError(f"not finite at step {step - len(rows) + i + 1}: {numbers}; {way_out}")
-    return torch.where(table.isfinite(), table, torch.nan).nanmean(dim=0)[:3].tolist()
+        raise UserError(f"not finite at step {step - len(table) + i + 1}: {numbers}; {way_out}")
 
 
 def train(args, state=None):
@@ -583,21 +548,21 @@ def train(args, state=None):
     # Encoder, data, model. Pixels, labels and the held-out targets stay on the device.
     sit = {**SIT_MODELS[args.model], "class_dropout_prob": args.cfg_prob, "z_dim": 0}
     sit |= {name: getattr(args, name) for name in ("encoder_depth", "projector_dim") if getattr(args, name)}
-    grid_size, encoder, cache, val_targets = 32 // sit["patch_size"], None, None, None
+    encoder = cache = val_targets = None
     if args.proj_coeff > 0:
         torch.manual_seed(0)
         tiny = TINY_DINOV2 if args.smoke and args.encoder == DEFAULT_ENCODER and not args.encoder_weights else {}
-        encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights, **tiny).to(device)
+        encoder = TargetEncoder(args.encoder, 32 // sit["patch_size"], args.encoder_weights, **tiny).to(device)
         sit["z_dim"] = encoder.embed_dim
-    data = load_data(args)
-    if args.batch_size > len(data.images):
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(data.images)} training images")
-    images, labels = data.images.to(device), data.labels.to(device)
-    some = torch.linspace(0, len(data.val_images) - 1, min(args.eval_images, len(data.val_images))).long()
-    val_images, val_labels = data.val_images[some].to(device), data.val_labels[some].to(device)
+    *data, classes = load_data(args.data, args.smoke)
+    images, labels, val_images, val_labels = [tensor.to(device) for tensor in data]
+    if args.batch_size > len(images):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
+    some = torch.linspace(0, len(val_images) - 1, min(args.eval_images, len(val_images)), device=device).long()
+    val_images, val_labels = val_images[some], val_labels[some]
     torch.manual_seed(args.seed)
-    sit["num_classes"] = len(data.classes)
-    model = SiT(**sit).to(device)
+    sit["num_classes"] = len(classes)
+    model = SiT(**sit).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=device.type != "mps")
     fp16 = autocast(device).fast_dtype == torch.float16
@@ -615,42 +580,61 @@ def train(args, state=None):
             f"--cache-targets takes {size / 1e9:.1f} GB; the GPU has {free / 1e9:.0f}, the RAM {ram / 1e9:.0f} to spare"
         )
         if size > max(free, ram):
-            raise UserError(f"the cached targets ({size / 1e9:.1f} GB) fit nowhere here: leave out --cache-targets")
+            raise UserError(f"the cached targets ({size / 1e9:.1f} GB) fit nowhere here; leave out --cache-targets")
         cache = compute_targets(encoder, images, (False, True), device if size <= free else "cpu")
 
     # Where the run goes, and from where it goes on.
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start, rows, metrics = 0, [], ",".join(COLUMNS) + "\n"
     if state:
-        for part, name in [(model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")]:
-            part.load_state_dict(state[name])
         start, rows, metrics = state["step"], list(state["rows"].to(device)), state["metrics"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     number = 1 + max([int(path.name[:3]) for path in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
     name = "smoke" if args.smoke else f"{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
     folder = Path(args.output_dir or f"runs/{number:03d}-{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.csv").write_text(metrics)  # on resume without the rows past the checkpoint
     print(f"{args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {device}, in {folder}")
-
-    def save(step):
-        if rows:
-            check_finite(rows, step, fp16)
-        states = [module.state_dict() for module in (model, ema, optimizer, scaler)]
-        log = [torch.stack(rows).cpu() if rows else torch.empty(0, 4), (folder / "metrics.csv").read_text()]
-        values = [vars(args), sit, data.classes, step, *states, *log]
-        save_checkpoint(folder / "checkpoint.pt", dict(zip(CHECKPOINT, values, strict=True)))
-
-    stop = []  # the signals that came; the step in hand is finished first
-    for number in (signal.SIGINT, signal.SIGTERM):
+    intervals = (args.log_every, args.eval_every, args.checkpointing_steps)
+    stop, clock, timed = [], None, 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished first
         signal.signal(number, lambda number, frame: stop.append(number))
-    if not state:
-        save(0)
-    order, clock, timed = None, None, 0
-    model.train()
-    for step in tqdm(range(start, args.max_train_steps), "training", initial=start, total=args.max_train_steps):
+
+    bar = tqdm(desc="training", initial=start, total=args.max_train_steps)
+    for step in range(start, args.max_train_steps + 1):
+        # The books, where they are due. Only then does the host wait for the device, and no clock runs.
+        last, stopping, row, table = step == args.max_train_steps, bool(stop), {}, torch.empty(0, 4)
+        log, judge, save = (step > start and (last or step % every == 0) for every in intervals)
+        save |= stopping or step == 0
+        if rows and (log or save or clock is None):
+            table = torch.stack(rows).cpu()
+            check_finite(table, step, fp16)
+        if log:
+            row = dict(zip(COLUMNS[1:4], torch.where(table.isfinite(), table, torch.nan).nanmean(dim=0).tolist()))
+            row["images_per_second"] = timed / (time.perf_counter() - clock) if clock else torch.nan
+            rows, table = [], table[:0]
+        if judge:
+            row |= dict(zip(COLUMNS[4:6], evaluate(ema, val_images, val_labels, val_targets, args.path_type)))
+            write_grid(folder / f"samples_{step:07d}.png", ema, args.num_steps, args.cfg_scale)
+        if row:
+            row = {"step": step} | {name: value for name, value in row.items() if not math.isnan(value)}
+            tqdm.write(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+            metrics += ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
+        if row or step == start:
+            (folder / "metrics.csv").write_text(metrics)
+        if save:
+            values = [vars(args), sit, classes, step, table, metrics]
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(folder / "checkpoint.pt", dict(zip(CHECKPOINT, values)) | states)
+        if log or judge or save or clock is None:
+            clock, timed = time.perf_counter() if step > start else None, 0
+        if last or stopping:
+            break
+
         # A batch. Its random numbers depend on the seed and the step alone (the order of the images on the epoch):
         # a resumed run draws what an uninterrupted one draws, and a run with REPA what one without draws.
         epoch, i = divmod(step, len(images) // args.batch_size)
-        if order is None or i == 0:
+        if step == start or i == 0:
             torch.manual_seed(args.seed * 1_000_003 + epoch)
             order = torch.randperm(len(images), device=device)
         torch.manual_seed(args.seed * 1_000_003 + step)
@@ -681,37 +665,53 @@ def train(args, state=None):
         scaler.update()
         decay = min(0.9999, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-        # Bookkeeping. The numbers stay on the device until a log line, so that no step waits for the host.
         rows.append(torch.stack([velocity_loss, projection_loss, grad_norm, loss]).detach())
-        done, timed, row = step + 1, timed + len(x), {}
-        last = done == args.max_train_steps
-        saving = done % args.checkpointing_steps == 0 or last or bool(stop)
-        if done % args.log_every == 0 or last:
-            row = dict(zip(COLUMNS[1:4], check_finite(rows, done, fp16)))
-            row["images_per_second"] = timed / (time.perf_counter() - clock) if clock else torch.nan
-            rows.clear()
-        if done % args.eval_every == 0 or last:
-            row |= dict(zip(COLUMNS[4:6], evaluate(ema, val_images, val_labels, val_targets, args.path_type)))
-            write_grid(folder / f"samples_{done:07d}.png", ema, args.num_steps, args.cfg_scale)
-        if row:
-            row = {name: value for name, value in row.items() if not math.isnan(value)}
-            tqdm.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            with open(folder / "metrics.csv", "a") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"step": done, **row})
-        if saving:
-            save(done)
-        if clock is None or row or saving:
-            grad_norm.item()  # compilation, evaluation and saving stay outside the clock
-            clock, timed = time.perf_counter(), 0
-        if stop:
-            print(f"stopped after step {done}; to go on: python repa_mini.py --resume --output-dir {folder}")
-            return 128 + stop[0]
-    print(f"done: {folder / 'checkpoint.pt'} and {folder / f'samples_{args.max_train_steps:07d}.png'}")
-    return 0
+        timed += len(x)
+        bar.update()
+
+    bar.close()
+    way_on = f"stopped after step {step}; to go on: python repa_mini.py --resume --output-dir {folder}"
+    print(way_on if stopping else f"done: {folder}/checkpoint.pt and {folder}/samples_{step:07d}.png")
+    return 128 + stop[0] if stopping else 0
 
 
 # ---- 7. Command line
+def options():
+    """name -> (default, or type where there is none; what is allowed; help, which also answers a mistake)."""
+    positive = lambda number: 0 < number < math.inf  # noqa: E731
+    return {
+        "smoke": (False, None, "a run of one minute on a CPU, on built-in data"),
+        "data": (str, os.path.isdir, "a folder with <class>/<image>, or with train/ and test/ (default: CIFAR-10)"),
+        "model": ("SiT-S/2", SIT_MODELS.__contains__, "SiT-{Ti,S,B,L,XL}/{2,4,8}: size and patch"),
+        "encoder": (DEFAULT_ENCODER, timm.is_model, "a timm ViT or CNN for the targets; timm.list_models() names them"),
+        "encoder_weights": (str, os.path.isfile, "a file with its weights, .safetensors or .pth (default: download)"),
+        "encoder_depth": (int, positive, "the block that is aligned, from 1 (default: the model's)"),
+        "projector_dim": (int, positive, "the projector's width, from 1 (default: the model's; the paper's is 2048)"),
+        "proj_coeff": (0.5, lambda c: 0 <= c < math.inf, "lambda, the weight of the REPA loss; 0 is the vanilla SiT"),
+        "repa_stop_step": (10**9, positive, "no REPA loss from this step on (arXiv 2505.16792), from 1"),
+        "cache_targets": (False, None, "compute all targets once and keep them in memory"),
+        "path_type": ("linear", ("linear", "cosine").__contains__, "the interpolant, linear or cosine"),
+        "cfg_prob": (0.1, lambda p: 0 <= p < 1, "label dropout for classifier-free guidance, in [0, 1)"),
+        "batch_size": (256, positive, "images a step, from 1"),
+        "learning_rate": (1e-4, positive, "AdamW's, constant, positive"),
+        "max_train_steps": (100_000, positive, "length of the run, from 1"),
+        "log_every": (100, positive, "steps between rows of metrics.csv, from 1"),
+        "eval_every": (5000, positive, "steps between evaluations and sample grids, from 1"),
+        "eval_images": (2000, positive, "held-out images to evaluate on, evenly spread, from 1"),
+        "checkpointing_steps": (5000, positive, "steps between checkpoints, from 1"),
+        "num_steps": (50, positive, "Euler steps of the sample grids, from 1"),
+        "cfg_scale": (1.0, math.isfinite, "guidance scale of the sample grids; 1 is none"),
+        "seed": (0, None, "of weights, batches, noise and times"),
+        "device": (str, pick_device, "cuda, mps or cpu (default: the first there is; with --smoke cpu)"),
+        "no_compile": (False, None, "no torch.compile on CUDA"),
+        "output_dir": (
+            str,
+            lambda path: not os.path.isfile(path),
+            "a folder for the run (default: a new one in runs/)",
+        ),
+        "resume": (False, None, "go on from --output-dir's checkpoint, with its options"),
+    }
+
 
 SMOKE = dict(model="SiT-Ti/4", batch_size=16, learning_rate=2e-3, max_train_steps=240, log_every=40, eval_every=240)
 SMOKE |= dict(checkpointing_steps=240, num_steps=20, cfg_scale=2.0, device="cpu")
@@ -720,91 +720,48 @@ MAY_CHANGE = {"max_train_steps", "log_every", "eval_every", "checkpointing_steps
 MAY_CHANGE |= {"device", "no_compile", "output_dir", "resume"}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def build_parser():
-    parser = Parser(description="Train a SiT with REPA.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--smoke", action="store_true", help="a run of one minute on a CPU, on built-in data")
-    add("--data", metavar="FOLDER", help="FOLDER/<class>/<image>, or FOLDER/train and FOLDER/test (default: CIFAR-10)")
-    add("--model", default="SiT-S/2", choices=SIT_MODELS, metavar="NAME", help="SiT-{Ti,S,B,L,XL}/{2,4,8}")
-    add("--encoder", default=DEFAULT_ENCODER, metavar="NAME", help="a timm ViT or CNN that gives the targets")
-    add("--encoder-weights", metavar="FILE", help="its weights, .safetensors or .pth (default: timm downloads them)")
-    add("--encoder-depth", type=int, help="the block whose hidden state is aligned (default: the model's)")
-    add("--projector-dim", type=int, help="width of the projector (default: the model's; the paper's is 2048)")
-    add("--proj-coeff", type=float, default=0.5, help="lambda, the weight of the REPA loss; 0 is the vanilla SiT")
-    add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from this step on (arXiv 2505.16792)")
-    add("--cache-targets", action="store_true", help="compute all targets once and keep them in memory")
-    add("--path-type", default="linear", choices=["linear", "cosine"], help="the interpolant")
-    add("--cfg-prob", type=float, default=0.1, help="label dropout, for classifier-free guidance")
-    add("--batch-size", type=int, default=256, help="images a step")
-    add("--learning-rate", type=float, default=1e-4, help="of AdamW, constant")
-    add("--max-train-steps", type=int, default=100_000, help="length of the run")
-    add("--log-every", type=int, default=100, help="steps between rows of metrics.csv")
-    add("--eval-every", type=int, default=5000, help="steps between evaluations and sample grids")
-    add("--eval-images", type=int, default=2000, help="held-out images to evaluate on, evenly spread")
-    add("--checkpointing-steps", type=int, default=5000, help="steps between checkpoints")
-    add("--num-steps", type=int, default=50, help="Euler steps for the sample grids")
-    add("--cfg-scale", type=float, default=1.0, help="guidance scale for the sample grids; 1 is none")
-    add("--seed", type=int, default=0, help="of weights, batches, noise and times")
-    add("--device", help="cuda, mps or cpu (default: the first that is there; with --smoke: cpu)")
-    add("--no-compile", action="store_true", help="no torch.compile on CUDA")
-    add("--output-dir", metavar="FOLDER", help="where the run goes (default: a new folder in runs/)")
-    add("--resume", action="store_true", help="go on from --output-dir's checkpoint, with its options")
-    return parser
-
-
-def check_options(args):
+def check_options(args, state=None):
     """Every mistake that shows before a model is built or a file is read. Raises ValueError with a sentence."""
+    for name, (_, allowed, sentence) in options().items():
+        value = getattr(args, name)
+        if allowed and value is not None and not allowed(value):
+            raise UserError(f"--{name.replace('_', '-')} {value} will not do: it is {sentence}")
+        if state and name not in MAY_CHANGE and value != state["config"][name]:
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts the checkpoint: {state['config'][name]}")
     depth = SIT_MODELS[args.model]["depth"]
-    holds_run = args.output_dir and Path(args.output_dir, "checkpoint.pt").exists()
-    counts = "batch_size max_train_steps log_every eval_every eval_images checkpointing_steps num_steps repa_stop_step"
-    for fine, name, allowed in [
-        *((getattr(args, name) >= 1, name, "at least 1") for name in counts.split()),
-        (args.encoder_depth is None or 1 <= args.encoder_depth <= depth, "encoder_depth", f"1 to {depth}"),
-        (args.projector_dim is None or args.projector_dim >= 1, "projector_dim", "at least 1"),
-        (0 <= args.proj_coeff < math.inf, "proj_coeff", "a number from 0, which is no REPA, up"),
-        (0 < args.learning_rate < math.inf, "learning_rate", "a positive number"),
-        (0 <= args.cfg_prob < 1, "cfg_prob", "a number in [0, 1)"),
-        (math.isfinite(args.cfg_scale), "cfg_scale", "a number; 1 is no guidance"),
-        (args.cfg_scale == 1 or args.cfg_prob > 0, "cfg_scale", "1, because without label dropout nothing can guide"),
-        (not args.data or Path(args.data).is_dir(), "data", "a folder that exists, FOLDER/<class>/<image>"),
-        (not args.encoder_weights or Path(args.encoder_weights).is_file(), "encoder_weights", "a file that exists"),
-        (not args.output_dir or not Path(args.output_dir).is_file(), "output_dir", "a folder, not a file"),
-        (args.output_dir or not args.resume, "output_dir", "the folder of the run to resume"),
-        (args.resume or not holds_run, "output_dir", "--resume too, or another folder: this one already holds a run"),
-    ]:
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {allowed}")
-    pick_device(args.device)
+    if args.encoder_depth and args.encoder_depth > depth:
+        raise UserError(f"--encoder-depth {args.encoder_depth} is beyond {args.model}; give 1 to {depth}")
+    if args.cfg_prob == 0 and args.cfg_scale != 1:
+        raise UserError(f"--cfg-scale {args.cfg_scale} needs label dropout; with --cfg-prob 0 give 1")
+    if args.resume and not args.output_dir:
+        raise UserError("--resume needs --output-dir, the folder of the run to go on with")
+    if args.output_dir and not args.resume and Path(args.output_dir, "checkpoint.pt").exists():
+        raise UserError(f"--output-dir {args.output_dir} already holds a run; add --resume, or give another folder")
 
 
 def main(argv=None):
     """Parse, check, train. Returns the exit code: 0, 2 after a mistake of the user's, 130 or 143 when stopped."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    parser, state = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False), None
+    for name, (default, _, sentence) in options().items():
+        how = dict(type=default) if isinstance(default, type) else dict(type=type(default), default=default)
+        how = dict(action="store_true") if default is False else how
+        parser.add_argument("--" + name.replace("_", "-"), help=sentence, **how)
     try:
-        parser, state = build_parser(), None
         args = parser.parse_args(argv)
-        if args.smoke:
-            parser.set_defaults(**SMOKE)
+        parser.set_defaults(**SMOKE if args.smoke else {})
         if args.resume:
             check_options(args)
             state = load_checkpoint(Path(args.output_dir, "checkpoint.pt"))
             parser.set_defaults(**state["config"])
         args = parser.parse_args(argv)
-        check_options(args)
-        for name in state["config"].keys() - set(MAY_CHANGE.split()) if state else ():
-            if getattr(args, name) != state["config"][name]:
-                raise UserError(
-                    f"--{name.replace('_', '-')} contradicts the checkpoint: it has {state['config'][name]}"
-                )
+        check_options(args, state)
         return train(args, state)
     except (UserError, OSError) as error:
         print(f"repa_mini: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # argparse has printed its sentence, or the help
+        return stop.code
     except KeyboardInterrupt:
         return 130
     finally:
