@@ -10,10 +10,7 @@ self-supervised encoder says about the *clean* image:
     L_REPA     = - mean over patches n of cos( y*[n], h_phi(h_t[n]) )       y* = encoder(x), h_phi = projector
     L          = L_velocity + lambda L_REPA
 
-    python repa_mini.py --smoke            one minute on a CPU: built-in shapes, no download
-    python repa_mini.py                    SiT-S/2 on CIFAR-10 with DINOv2-S/14 targets, one GPU
-    python repa_mini.py --proj-coeff 0     the same run without REPA
-"""
+Run `python repa_mini.py --smoke` (a minute on a CPU, no download) or `python repa_mini.py` (CIFAR-10, one GPU)."""
 
 import argparse
 import copy
@@ -66,13 +63,11 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y):
         if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
-            y = torch.where(dropped, self.num_classes, y)
+            y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout_prob, self.num_classes, y)
         return self.embedding_table(y)
 
 
-def modulate(x, shift, scale):
-    """x (N, T, D), shift and scale (N, D), the same for every token."""
+def modulate(x, shift, scale):  # x (N, T, D); shift and scale (N, D), the same for every token
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -126,40 +121,25 @@ def xavier(module):
 
 class SiT(nn.Module):
     """SiT with REPA's projector. Keys and shapes of the state dict are the authors', so checkpoints interchange.
-
     forward(x (N, C, H, W), t (N,), y (N,)) -> velocity (N, C, H, W), z_tilde (N, T, z_dim), with T patches. z_tilde is
     the hidden state after block `encoder_depth`, projected; with `z_dim=0` there is no projector and z_tilde is None.
-    `num_classes` is also the null label. Raises ValueError for a depth outside 1..depth or sizes that do not divide.
-    """
+    `num_classes` is also the null label. Raises ValueError for an encoder depth outside 1..depth."""
 
     def __init__(self, input_size=32, patch_size=2, in_channels=3, hidden_size=384, depth=12, num_heads=6,
                  num_classes=10, class_dropout_prob=0.1, encoder_depth=4, z_dim=384, projector_dim=2048):  # fmt: skip
         super().__init__()
         if not 1 <= encoder_depth <= depth:
             raise UserError(f"encoder depth {encoder_depth} is outside 1..{depth}, the blocks of this model")
-        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise UserError("input_size must be a multiple of patch_size, and hidden_size of num_heads and of 4")
         self.in_channels, self.patch_size, self.grid_size = in_channels, patch_size, input_size // patch_size
         self.num_classes, self.class_dropout_prob, self.encoder_depth = num_classes, class_dropout_prob, encoder_depth
-
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        table = sincos_position_table(hidden_size, self.grid_size)
-        self.pos_embed = nn.Parameter(table[None], requires_grad=False)  # (1, T, D)
+        self.pos_embed = nn.Parameter(sincos_position_table(hidden_size, self.grid_size)[None], requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
-        self.initialize_weights()
 
-        # Built last, so that a run with and a run without REPA draw the same SiT weights from one seed.
-        self.projectors = nn.ModuleList()
-        if z_dim > 0:
-            widths = [hidden_size, projector_dim, projector_dim, z_dim]
-            first, second, third = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
-            self.projectors.append(nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third).apply(xavier))
-
-    def initialize_weights(self):
-        """Xavier for linear layers, std 0.02 for embeddings, zero for modulation and output (adaLN-Zero)."""
+        # Xavier for linear layers, std 0.02 for embeddings, zero for modulation and output (adaLN-Zero).
         self.apply(xavier)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
@@ -168,6 +148,12 @@ class SiT(nn.Module):
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        # The projector comes last, so that with and without REPA one seed draws the same SiT weights.
+        self.projectors = nn.ModuleList()
+        if z_dim > 0:
+            widths = [hidden_size, projector_dim, projector_dim, z_dim]
+            first, second, third = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
+            self.projectors.append(nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third).apply(xavier))
 
     def unpatchify(self, tokens):
         """(N, T, p*p*C) -> (N, C, H, W)."""
@@ -187,14 +173,9 @@ class SiT(nn.Module):
 
 
 # The sizes of the SiT paper with REPA's encoder depths, and a Ti for laptops.
-SIT_SIZES = {
-    "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=512),
-    "S": dict(hidden_size=384, depth=12, num_heads=6, encoder_depth=4),
-    "B": dict(hidden_size=768, depth=12, num_heads=12, encoder_depth=4),
-    "L": dict(hidden_size=1024, depth=24, num_heads=16, encoder_depth=8),
-    "XL": dict(hidden_size=1152, depth=28, num_heads=16, encoder_depth=8),
-}
-SIT_MODELS = {f"SiT-{size}/{p}": dict(patch_size=p, **kwargs) for size, kwargs in SIT_SIZES.items() for p in (2, 4, 8)}
+NAMES = ("hidden_size", "depth", "num_heads", "encoder_depth")
+SIZES = dict(Ti=(128, 6, 4, 2), S=(384, 12, 6, 4), B=(768, 12, 12, 4), L=(1024, 24, 16, 8), XL=(1152, 28, 16, 8))
+SIT_MODELS = {f"SiT-{s}/{p}": dict(zip(NAMES, size), patch_size=p) for s, size in SIZES.items() for p in (2, 4, 8)}
 
 
 # ---- 2. Targets: what a frozen encoder says about the clean image, one token per SiT patch (the paper's Section 3.3)
@@ -204,12 +185,10 @@ TINY_DINOV2 = dict(pretrained=False, embed_dim=64, depth=2, num_heads=2)  # with
 
 class TargetEncoder(nn.Module):
     """A frozen timm encoder: images (N, 3, H, W) in [-1, 1] -> patch tokens (N, grid_size^2, embed_dim).
-
     Images are normalised and resized (bicubic, as the authors do) so that the encoder's own grid is grid_size. A ViT
     gives its final-norm tokens without class and register tokens, a CNN its feature map at stride 16. `weights` is a
     local .safetensors or .pth file, of which nothing is executed; without it timm downloads them. `timm_kwargs` change
-    the architecture. Raises ValueError for an unknown encoder, a file that does not fit and a failed download.
-    """
+    the architecture. Raises ValueError for an unknown encoder, a file that does not fit and a failed download."""
 
     def __init__(self, name=DEFAULT_ENCODER, grid_size=16, weights=None, pretrained=True, **timm_kwargs):
         super().__init__()
@@ -221,8 +200,7 @@ class TargetEncoder(nn.Module):
                 self.input_size, self.embed_dim = grid_size * probe.patch_embed.patch_size[0], probe.embed_dim
                 timm_kwargs["img_size"] = self.input_size
             else:
-                strides = [stage["reduction"] for stage in probe.feature_info]
-                self.stage = max(i for i, stride in enumerate(strides) if stride == 16)
+                self.stage = max(i for i, stage in enumerate(probe.feature_info) if stage["reduction"] == 16)
                 self.input_size, self.embed_dim = grid_size * 16, probe.feature_info[self.stage]["num_chs"]
             # Loaded with its head, then rid of it: with num_classes=0 timm loads non-strictly, keeping random weights.
             if weights:
@@ -230,10 +208,10 @@ class TargetEncoder(nn.Module):
                 timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state)
             self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
         except Exception as error:  # timm raises many types
-            way_out = "for a download check the network, give a file with --encoder-weights, or try --smoke"
+            way_out = "check name and network, give --encoder-weights, or try --smoke"
             way_out = f"{weights} must hold all of its tensors and nothing else" if weights else way_out
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"cannot make encoder {name} ({type(error).__name__}: {reason}); {way_out}") from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"cannot make encoder {name} ({reason}); {way_out}") from error
         self.model.reset_classifier(0)
         self.shape = (grid_size**2, self.embed_dim)  # of one image's tokens
         for key in ("mean", "std"):
@@ -271,9 +249,7 @@ def interpolant(t, path_type="linear"):
 
 def repa_loss(z_tilde, z):
     """L_REPA = - mean over patches of cos(z[n], z_tilde[n]); both (..., D); a scalar in [-1, 1] (Section 3.3).
-
-    In float32 or better whatever comes in: squared lengths of half-precision tokens over- and underflow.
-    """
+    In float32 or better whatever comes in: squared lengths of half-precision tokens over- and underflow."""
     z_tilde = F.normalize(at_least_float32(z_tilde), dim=-1)
     z = F.normalize(at_least_float32(z.detach()), dim=-1)
     return -(z_tilde * z).sum(dim=-1).mean()
@@ -281,9 +257,7 @@ def repa_loss(z_tilde, z):
 
 def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
     """(L_velocity, L_REPA) for clean images x and noise (N, C, H, W), times t and labels y (N,), targets z (N, T, D).
-
-    Without z the second is NaN, not measured. The loss is their sum, the second weighted with lambda.
-    """
+    Without z the second is NaN, not measured. The loss is their sum, the second weighted with lambda."""
     alpha, sigma, d_alpha, d_sigma = interpolant(t.view(-1, 1, 1, 1), path_type)
     x_t = alpha * x + sigma * noise
     v = d_alpha * x + d_sigma * noise
@@ -306,9 +280,7 @@ def guided_velocity(model, x, t, y, cfg_scale, dtype):
 def sampling_steps(model, noise, y, times, cfg_scale, low, high):
     """Checks; x(1) in float64 (float32 on MPS, which has none) and a list of (t, t_next, guidance scale)."""
     if not (0 <= low <= high <= 1 and math.isfinite(cfg_scale)):
-        raise UserError(
-            f"guidance scale {cfg_scale} for {low} <= t <= {high}: give a number, and 0 <= low <= high <= 1"
-        )
+        raise UserError(f"guidance {cfg_scale} for {low} <= t <= {high}: give a number, and 0 <= low <= high <= 1")
     if cfg_scale != 1 and getattr(model, "class_dropout_prob", None) == 0:
         raise UserError(f"guidance scale {cfg_scale} needs a model trained with label dropout; for this one give 1")
     if y.min() < 0 or y.max() > model.num_classes:
@@ -320,17 +292,14 @@ def sampling_steps(model, noise, y, times, cfg_scale, low, high):
 @torch.no_grad()
 def sample_ode(model, noise, y, num_steps=50, heun=False, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0):
     """Integrate dx/dt = v_theta(x, t, y) from t = 1 to 0 with Euler's or Heun's method.
-
     noise: (N, C, H, W) = x(1); y: (N,). Returns x(0) in noise's shape and dtype. Guidance acts in the steps that
-    start at guidance_low <= t <= guidance_high. `model(x, t, y)` returns (velocity, ...). Raises ValueError.
-    """
+    start at guidance_low <= t <= guidance_high. `model(x, t, y)` returns (velocity, ...). Raises ValueError."""
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     x, steps = sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high)
     for t, t_next, scale in steps:
         v = guided_velocity(model, x, t, y, scale, noise.dtype)
         if heun and t_next > 0:  # the last step stays Euler's, as the authors have it
-            v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, scale, noise.dtype)
-            v = (v + v_next) / 2
+            v = (v + guided_velocity(model, x + (t_next - t) * v, t_next, y, scale, noise.dtype)) / 2
         x = x + (t_next - t) * v
     return x.to(noise.dtype)
 
@@ -346,10 +315,8 @@ def score_from_velocity(v, x, t, path_type="linear"):
 def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
                path_type="linear", generator=None):  # fmt: skip
     """Euler-Maruyama on dx = (v - w_t/2 score) dt + sqrt(w_t) dW backwards in time, with w_t = 2t on both paths.
-
     Arguments, result and errors as for `sample_ode`. num_steps - 1 noisy steps run from t = 1 to 0.04, then one
-    without noise to 0. `generator`, on noise's device, makes the noise reproducible.
-    """
+    without noise to 0. `generator`, on noise's device, makes the noise reproducible."""
     times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
     x, steps = sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high)
     for t, t_next, scale in steps:
@@ -357,93 +324,73 @@ def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, 
         w = 2 * t
         x = x + (t_next - t) * (v - w / 2 * score_from_velocity(v, x, t, path_type))
         if t_next > 0:
-            dw = math.sqrt(t - t_next) * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = x + math.sqrt(w) * dw
+            eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = x + math.sqrt(w * (t - t_next)) * eps
     return x.to(noise.dtype)
 
 
 # ---- 5. Data: every split is one uint8 tensor (N, 3, 32, 32), small enough to live on the device
-def to_unit(pixels):
-    """uint8 -> float in [-1, 1]."""
+def to_unit(pixels):  # uint8 -> float in [-1, 1]
     return pixels.float() / 127.5 - 1
 
 
-def to_pixels(x):
-    """float in [-1, 1] -> uint8."""
+def to_pixels(x):  # float in [-1, 1] -> uint8
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def draw_shapes(n, seed):
-    """n images (uint8) and labels of ten classes, each with its shape and hue; place, size, shade, background vary."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 10
-    axis = torch.arange(32) + 0.5
+    """n images (uint8) and labels: class k is a flower r = 0.7 + 0.3 cos(k angle) of k petals with the hue k/10.
+    Place, size, shade and background vary, so that no pixel can be learned by heart."""
+    g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     radius, cx, cy, value, saturation, grey = torch.rand(6, n, 1, 1, generator=g)
-    radius = 7 + 4 * radius  # pixels
-    u, v = torch.broadcast_tensors((axis - 11 - 10 * cx) / radius, (axis[:, None] - 11 - 10 * cy) / radius)
-    length, larger, smaller = (u**2 + v**2).sqrt(), torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
-    inside = {  # positive inside the shape, growing by about 1 a radius
-        "disc": 1 - length,
-        "square": 0.85 - larger,
-        "diamond": 1.1 - u.abs() - v.abs(),
-        "triangle": torch.minimum(0.8 - v, 0.5 + v / 2 - u.abs()),
-        "ring": 0.25 - (length - 0.75).abs(),
-        "plus": torch.minimum(1 - larger, 0.3 - smaller),
-        "cross": torch.minimum(0.9 - larger, 0.35 - (larger - smaller)),
-        "horizontal bar": torch.minimum(1 - u.abs(), 0.4 - v.abs()),
-        "vertical bar": torch.minimum(1 - v.abs(), 0.4 - u.abs()),
-        "star": 0.65 + 0.35 * torch.cos(5 * torch.atan2(u, -v)) - length,
-    }
-    mask = torch.stack(list(inside.values()))[labels, torch.arange(n)] * radius + 0.5
-    mask = mask.clamp(0, 1)[:, None]  # (n, 1, 32, 32)
-    # HSV to RGB: channel = value (1 - saturation ramp(hue)); the hue is the class's, a tenth of the circle each.
+    axis, radius = torch.arange(32) + 0.5, 7 + 4 * radius  # pixels
+    u, v = (axis - 11 - 10 * cx) / radius, (axis[:, None] - 11 - 10 * cy) / radius
+    inside = 0.7 + 0.3 * torch.cos(labels[:, None, None] * torch.atan2(u, -v)) - (u**2 + v**2).sqrt()
+    mask = (inside * radius + 0.5).clamp(0, 1)[:, None]  # (n, 1, 32, 32), with soft edges
+    # HSV to RGB: channel = value (1 - saturation ramp(hue))
     k = (torch.tensor([5, 3, 1]) + 0.6 * labels[:, None]) % 6
     ramp = torch.minimum(k, 4 - k).clamp(0, 1)[:, :, None, None]
     colour = (0.7 + 0.3 * value[:, None]) * (1 - (0.8 + 0.2 * saturation[:, None]) * ramp)
     pixels = mask * colour + (1 - mask) * 0.4 * grey[:, None]
-    return (255 * pixels).round().to(torch.uint8), labels, list(inside)
+    return (255 * pixels).round().to(torch.uint8), labels
 
 
 def load_folder(folder):
     """FOLDER/<class>/<image> -> images, labels, class names. Any image is centre-cropped to a square and resized."""
     try:
-        listing = ImageFolder(folder)
+        path, listing = folder, ImageFolder(folder)
         images = torch.empty(len(listing), 3, 32, 32, dtype=torch.uint8)
-        for i, (path, _) in enumerate(tqdm(listing.samples, f"loading {folder}")):
+        for i, (path, _) in enumerate(tqdm(listing.samples, f"loading {folder}")):  # noqa: B007
             with Image.open(path) as image:
                 images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
-    except FileNotFoundError as error:
-        raise UserError(f"--data {folder}: {error}; give FOLDER/<class>/<image>, some in every class") from error
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+    except Exception as error:  # Pillow raises many types
+        hint = "--data takes FOLDER/<class>/<image>, with images in every class and none of them broken"
+        raise UserError(f"cannot read {path} ({error}); {hint}") from error
     return images, torch.tensor(listing.targets), listing.classes
 
 
 def load_data(folder=None, smoke=False):
     """A folder of images, the built-in shapes, or CIFAR-10 (downloaded once, to ./data), all uint8.
-
-    Returns training images (N, 3, 32, 32) and labels (N,), held-out images and labels, class names.
-    """
+    Returns training images (N, 3, 32, 32) and labels (N,), held-out images and labels, class names."""
     if folder:
         train, test = Path(folder, "train"), Path(folder, "test")
         images, labels, classes = load_folder(train if train.is_dir() else folder)
         if train.is_dir() and test.is_dir():
             val_images, val_labels, val_classes = load_folder(test)
             if val_classes != classes:
-                raise UserError(f"{test} has the classes {val_classes}, and {train} {classes}; make them equal")
+                raise UserError(f"{test} has the classes {val_classes}, and {train} {classes}: make them equal")
             return images, labels, val_images, val_labels, classes
-        # Held out: of every class a seeded 2%, at least one image.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         members = [order[labels[order] == label] for label in range(len(classes))]
-        val, train = (torch.cat(part) for part in zip(*(m.tensor_split([max(1, len(m) // 50)]) for m in members)))
+        val = torch.cat([m[: max(1, len(m) // 50)] for m in members])  # a seeded 2%, of every class at least one
+        train = torch.cat([m[max(1, len(m) // 50) :] for m in members])
         return images[train], labels[train], images[val], labels[val], classes
     if smoke:
-        return *draw_shapes(4000, seed=0)[:2], *draw_shapes(200, seed=1)
+        return *draw_shapes(4000, seed=0), *draw_shapes(200, seed=1), [f"{k} petals" for k in range(10)]
     try:
         train, test = [CIFAR10("data", train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        way_out = "check the network, give a folder of images with --data, or try --smoke"
-        raise UserError(f"cannot download CIFAR-10 ({error}); {way_out}") from error
+        raise UserError(f"cannot download CIFAR-10 ({error}): check the network, or try --data or --smoke") from error
     images, val_images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
     return images, torch.tensor(train.targets), val_images, torch.tensor(test.targets), train.classes
 
@@ -464,10 +411,8 @@ def pick_device(name=None):
 
 def autocast(device):
     """bf16 on GPUs that have it natively, fp16 on older ones (their gradients are scaled), float32 elsewhere."""
-    if device.type != "cuda":
-        return torch.autocast("cpu", enabled=False)
-    native = torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.autocast("cuda", dtype=torch.bfloat16 if native else torch.float16)
+    native = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.autocast(device.type, torch.bfloat16 if native else torch.float16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()
@@ -491,17 +436,7 @@ def evaluate(model, images, labels, targets, path_type):
         noise, t = torch.randn(x.shape, generator=g).to(x), torch.rand(len(x), generator=g).to(x)
         with autocast(x.device):
             sums += len(x) * torch.stack(training_losses(model, x, noise, t, y, z, path_type))
-    velocity_loss, projection_loss = (sums / len(images)).tolist()
-    return velocity_loss, -projection_loss
-
-
-def write_grid(path, model, num_steps, cfg_scale):
-    """Ten samples of each class (ten at most), one class a row, from noise that never changes."""
-    device, rows = model.pos_embed.device, min(10, model.num_classes)
-    noise = torch.randn(10 * rows, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    y = torch.arange(rows, device=device).repeat_interleave(10)
-    with autocast(device):
-        save_image(to_pixels(sample_ode(model, noise, y, num_steps, cfg_scale=cfg_scale)) / 255, path, nrow=10)
+    return (sums / len(images) * sums.new_tensor([1, -1])).tolist()
 
 
 def save_checkpoint(path, state):
@@ -528,15 +463,6 @@ def load_checkpoint(path):
         raise UserError(f"cannot use checkpoint {path} ({type(error).__name__}); {reason}") from error
 
 
-def check_finite(table, step, fp16):
-    """table: (velocity loss, REPA loss, gradient norm, loss) of the last steps. Stops the run at one not finite."""
-    bad = ~table[:, 3].isfinite() | ~(table[:, 2].isfinite() | fp16)  # fp16: a skipped step has no gradient norm
-    for i in bad.nonzero().flatten().tolist():
-        numbers = "velocity loss {:.4g}, REPA loss {:.4g}, gradient norm {:.4g}".format(*table[i, :3])
-        way_out = "the last good checkpoint is kept; try a smaller --learning-rate"
-        raise UserError(f"not finite at step {step - len(table) + i + 1}: {numbers}; {way_out}")
-
-
 def train(args, state=None):
     """Train as the options say, going on from `state`, a checkpoint, if there is one. Returns the exit code."""
     device = pick_device(args.device)
@@ -546,42 +472,40 @@ def train(args, state=None):
         print("training on a CPU will be slow; --smoke is a run of one minute")
 
     # Encoder, data, model. Pixels, labels and the held-out targets stay on the device.
-    sit = {**SIT_MODELS[args.model], "class_dropout_prob": args.cfg_prob, "z_dim": 0}
-    sit |= {name: getattr(args, name) for name in ("encoder_depth", "projector_dim") if getattr(args, name)}
+    sit = SIT_MODELS[args.model] | dict(class_dropout_prob=args.cfg_prob, z_dim=0, projector_dim=args.projector_dim)
+    sit["encoder_depth"] = args.encoder_depth or sit["encoder_depth"]
     encoder = cache = val_targets = None
     if args.proj_coeff > 0:
         torch.manual_seed(0)
-        tiny = TINY_DINOV2 if args.smoke and args.encoder == DEFAULT_ENCODER and not args.encoder_weights else {}
+        tiny = TINY_DINOV2 if args.smoke and args.encoder == DEFAULT_ENCODER else {}
         encoder = TargetEncoder(args.encoder, 32 // sit["patch_size"], args.encoder_weights, **tiny).to(device)
         sit["z_dim"] = encoder.embed_dim
     *data, classes = load_data(args.data, args.smoke)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in data]
     if args.batch_size > len(images):
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
-    some = torch.linspace(0, len(val_images) - 1, min(args.eval_images, len(val_images)), device=device).long()
-    val_images, val_labels = val_images[some], val_labels[some]
+    nth = math.ceil(len(val_images) / 2000)  # 2,000 held-out images, evenly spread, are judged on
+    val_images, val_labels = val_images[::nth], val_labels[::nth]
     torch.manual_seed(args.seed)
     sit["num_classes"] = len(classes)
     model = SiT(**sit).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=device.type != "mps")
-    fp16 = autocast(device).fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     if device.type == "cuda" and not args.no_compile:
         for module in filter(None, [model, ema, encoder]):
             module.compile()
     if encoder:
         val_targets = compute_targets(encoder, val_images)[0]
     if encoder and args.cache_targets:
-        size = 2 * len(images) * 2 * math.prod(encoder.shape)  # plain and flipped, two bytes each
-        free = 0.7 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # the rest is for training
-        ram = 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        print(
-            f"--cache-targets takes {size / 1e9:.1f} GB; the GPU has {free / 1e9:.0f}, the RAM {ram / 1e9:.0f} to spare"
-        )
+        size = 2 * len(images) * 2 * math.prod(encoder.shape) / 1e9  # GB: plain and flipped, two bytes each
+        free = 0.7 * torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else 0  # the rest is to train
+        ram = 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        print(f"--cache-targets takes {size:.1f} GB; the GPU has {free:.0f} and the RAM {ram:.0f} to spare")
         if size > max(free, ram):
-            raise UserError(f"the cached targets ({size / 1e9:.1f} GB) fit nowhere here; leave out --cache-targets")
-        cache = compute_targets(encoder, images, (False, True), device if size <= free else "cpu")
+            raise UserError(f"the cached targets ({size:.1f} GB) fit nowhere here; leave out --cache-targets")
+        place = device if size <= free else torch.device("cpu")
+        cache = compute_targets(encoder, images, (False, True), place)
 
     # Where the run goes, and from where it goes on.
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
@@ -591,36 +515,44 @@ def train(args, state=None):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     number = 1 + max([int(path.name[:3]) for path in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
-    name = "smoke" if args.smoke else f"{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
-    folder = Path(args.output_dir or f"runs/{number:03d}-{name}")
+    name = f"runs/{number:03d}-{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
+    folder = Path(args.output_dir or name)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.csv").write_text(metrics)  # on --resume without the rows past the checkpoint
     print(f"{args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {device}, in {folder}")
     intervals = (args.log_every, args.eval_every, args.checkpointing_steps)
+    grid_labels = torch.arange(min(10, len(classes)), device=device).repeat_interleave(10)  # one class a row
+    grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     stop, clock, timed = [], None, 0
     for number in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished first
         signal.signal(number, lambda number, frame: stop.append(number))
-
-    bar = tqdm(desc="training", initial=start, total=args.max_train_steps)
-    for step in range(start, args.max_train_steps + 1):
+    steps = range(start, args.max_train_steps + 1)  # the last of them only does the books
+    for step in tqdm(steps, "training", initial=start, total=args.max_train_steps):
         # The books, where they are due. Only then does the host wait for the device, and no clock runs.
         last, stopping, row, table = step == args.max_train_steps, bool(stop), {}, torch.empty(0, 4)
-        log, judge, save = (step > start and (last or step % every == 0) for every in intervals)
-        save |= stopping or step == 0
+        due = [step > start and (last or step % every == 0) for every in intervals]
+        log, judge, save = due[0], due[1], due[2] or stopping or step == 0
         if rows and (log or save or clock is None):
             table = torch.stack(rows).cpu()
-            check_finite(table, step, fp16)
+            norms = table[:, 2].isfinite() | scaler.is_enabled()  # which skips steps whose gradients overflow
+            bad = (~table[:, 3].isfinite() | ~norms).nonzero()
+            if len(bad):
+                at, what = step - len(rows) + 1 + bad[0].item(), ", ".join(f"{x:.4g}" for x in table[bad[0, 0], :3])
+                way_out = f"try a smaller --learning-rate; the checkpoint in {folder} is the last good one"
+                raise UserError(f"step {at}: velocity loss, REPA loss, gradient norm are {what}, not finite: {way_out}")
         if log:
             row = dict(zip(COLUMNS[1:4], torch.where(table.isfinite(), table, torch.nan).nanmean(dim=0).tolist()))
             row["images_per_second"] = timed / (time.perf_counter() - clock) if clock else torch.nan
             rows, table = [], table[:0]
         if judge:
             row |= dict(zip(COLUMNS[4:6], evaluate(ema, val_images, val_labels, val_targets, args.path_type)))
-            write_grid(folder / f"samples_{step:07d}.png", ema, args.num_steps, args.cfg_scale)
+            with autocast(device):
+                x = sample_ode(ema, grid_noise, grid_labels, args.num_steps, cfg_scale=args.cfg_scale)
+            save_image(to_pixels(x) / 255, folder / f"samples_{step:07d}.png", nrow=10)
         if row:
             row = {"step": step} | {name: value for name, value in row.items() if not math.isnan(value)}
             tqdm.write(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
             metrics += ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
-        if row or step == start:
             (folder / "metrics.csv").write_text(metrics)
         if save:
             values = [vars(args), sit, classes, step, table, metrics]
@@ -640,22 +572,15 @@ def train(args, state=None):
         torch.manual_seed(args.seed * 1_000_003 + step)
         index = order[i * args.batch_size : (i + 1) * args.batch_size]
         flip = torch.rand(len(index), device=device) < 0.5
-        x = to_unit(images[index])
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        x = to_unit(torch.where(flip[:, None, None, None], images[index].flip(-1), images[index]))
         noise, t = torch.randn_like(x), torch.rand(len(x), device=device)
-
         # The losses: L = L_velocity + lambda L_REPA.
         with autocast(device):
             z = None
             if encoder and step < args.repa_stop_step:
-                z = (
-                    encoder(x)
-                    if cache is None
-                    else cache[flip.long().to(cache.device), index.to(cache.device)].to(device)
-                )
+                z = encoder(x) if cache is None else cache[flip.long().to(place), index.to(place)].to(device)
             velocity_loss, projection_loss = training_losses(model, x, noise, t, labels[index], z, args.path_type)
         loss = velocity_loss if z is None else velocity_loss + args.proj_coeff * projection_loss
-
         # The update, then the moving average of the weights, which evaluation and sampling use.
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -667,83 +592,67 @@ def train(args, state=None):
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
         rows.append(torch.stack([velocity_loss, projection_loss, grad_norm, loss]).detach())
         timed += len(x)
-        bar.update()
-
-    bar.close()
-    way_on = f"stopped after step {step}; to go on: python repa_mini.py --resume --output-dir {folder}"
-    print(way_on if stopping else f"done: {folder}/checkpoint.pt and {folder}/samples_{step:07d}.png")
+    print(f"step {step}, {folder}/checkpoint.pt; to go on: python repa_mini.py --resume --output-dir {folder}")
     return 128 + stop[0] if stopping else 0
 
 
 # ---- 7. Command line
-def options():
-    """name -> (default, or type where there is none; what is allowed; help, which also answers a mistake)."""
-    positive = lambda number: 0 < number < math.inf  # noqa: E731
-    return {
-        "smoke": (False, None, "a run of one minute on a CPU, on built-in data"),
-        "data": (str, os.path.isdir, "a folder with <class>/<image>, or with train/ and test/ (default: CIFAR-10)"),
-        "model": ("SiT-S/2", SIT_MODELS.__contains__, "SiT-{Ti,S,B,L,XL}/{2,4,8}: size and patch"),
-        "encoder": (DEFAULT_ENCODER, timm.is_model, "a timm ViT or CNN for the targets; timm.list_models() names them"),
-        "encoder_weights": (str, os.path.isfile, "a file with its weights, .safetensors or .pth (default: download)"),
-        "encoder_depth": (int, positive, "the block that is aligned, from 1 (default: the model's)"),
-        "projector_dim": (int, positive, "the projector's width, from 1 (default: the model's; the paper's is 2048)"),
-        "proj_coeff": (0.5, lambda c: 0 <= c < math.inf, "lambda, the weight of the REPA loss; 0 is the vanilla SiT"),
-        "repa_stop_step": (10**9, positive, "no REPA loss from this step on (arXiv 2505.16792), from 1"),
-        "cache_targets": (False, None, "compute all targets once and keep them in memory"),
-        "path_type": ("linear", ("linear", "cosine").__contains__, "the interpolant, linear or cosine"),
-        "cfg_prob": (0.1, lambda p: 0 <= p < 1, "label dropout for classifier-free guidance, in [0, 1)"),
-        "batch_size": (256, positive, "images a step, from 1"),
-        "learning_rate": (1e-4, positive, "AdamW's, constant, positive"),
-        "max_train_steps": (100_000, positive, "length of the run, from 1"),
-        "log_every": (100, positive, "steps between rows of metrics.csv, from 1"),
-        "eval_every": (5000, positive, "steps between evaluations and sample grids, from 1"),
-        "eval_images": (2000, positive, "held-out images to evaluate on, evenly spread, from 1"),
-        "checkpointing_steps": (5000, positive, "steps between checkpoints, from 1"),
-        "num_steps": (50, positive, "Euler steps of the sample grids, from 1"),
-        "cfg_scale": (1.0, math.isfinite, "guidance scale of the sample grids; 1 is none"),
-        "seed": (0, None, "of weights, batches, noise and times"),
-        "device": (str, pick_device, "cuda, mps or cpu (default: the first there is; with --smoke cpu)"),
-        "no_compile": (False, None, "no torch.compile on CUDA"),
-        "output_dir": (
-            str,
-            lambda path: not os.path.isfile(path),
-            "a folder for the run (default: a new one in runs/)",
-        ),
-        "resume": (False, None, "go on from --output-dir's checkpoint, with its options"),
-    }
+COUNT, POSITIVE = range(1, 2**62).__contains__, lambda x: 0 < x < math.inf
+OPTIONS = {  # name: default (or type, where there is none), what is allowed, help (also the answer to a mistake)
+    "smoke": (False, None, "a run of one minute on a CPU, on built-in data"),
+    "data": (str, os.path.isdir, "a folder of <class>/<image>, or of train/ and test/ with that (default: CIFAR-10)"),
+    "model": ("SiT-S/2", SIT_MODELS.__contains__, "SiT-{Ti,S,B,L,XL}/{2,4,8}: size and patch"),
+    "encoder": (DEFAULT_ENCODER, timm.is_model, "a timm ViT or CNN for the targets; timm.list_models() names them"),
+    "encoder_weights": (str, os.path.isfile, "a file of its weights, .safetensors or .pth (default: downloaded)"),
+    "encoder_depth": (int, COUNT, "the block whose hidden state is aligned, from 1 (default: the model's)"),
+    "projector_dim": (2048, COUNT, "width of the projector, from 1"),
+    "proj_coeff": (0.5, lambda x: 0 <= x < math.inf, "lambda, the weight of the REPA loss, from 0: the vanilla SiT"),
+    "repa_stop_step": (10**9, COUNT, "no REPA loss from this step on (arXiv 2505.16792), from 1"),
+    "cache_targets": (False, None, "compute all targets once and keep them in memory"),
+    "path_type": ("linear", ("linear", "cosine").__contains__, "the interpolant: linear or cosine"),
+    "cfg_prob": (0.1, lambda p: 0 <= p < 1, "label dropout for classifier-free guidance, in [0, 1)"),
+    "batch_size": (256, COUNT, "images a step, from 1"),
+    "learning_rate": (1e-4, POSITIVE, "AdamW's, constant, positive"),
+    "max_train_steps": (100_000, COUNT, "length of the run, from 1"),
+    "log_every": (100, COUNT, "steps between rows of metrics.csv, from 1"),
+    "eval_every": (5000, COUNT, "steps between evaluations and sample grids, from 1"),
+    "checkpointing_steps": (5000, COUNT, "steps between checkpoints, from 1"),
+    "num_steps": (50, COUNT, "Euler steps of the sample grids, from 1"),
+    "cfg_scale": (1.0, math.isfinite, "guidance scale of the sample grids, a number; 1 is none"),
+    "seed": (0, range(2**31).__contains__, "of weights, batches, noise and times, from 0"),
+    "device": (str, pick_device, "cuda, mps or cpu (default: the first there is; with --smoke cpu)"),
+    "no_compile": (False, None, "no torch.compile on CUDA"),
+    "output_dir": (str, lambda path: not os.path.isfile(path), "a folder for the run (default: a new one in runs/)"),
+    "resume": (False, None, "go on from --output-dir's checkpoint, with its options"),
+}
+MAY_CHANGE = "max_train_steps log_every eval_every checkpointing_steps num_steps cfg_scale device no_compile".split()
+SMOKE = dict(model="SiT-Ti/4", projector_dim=512, batch_size=16, learning_rate=2e-3, max_train_steps=240, num_steps=20)
+SMOKE |= dict(cfg_scale=2.0, log_every=40, eval_every=240, checkpointing_steps=240, device="cpu")
 
 
-SMOKE = dict(model="SiT-Ti/4", batch_size=16, learning_rate=2e-3, max_train_steps=240, log_every=40, eval_every=240)
-SMOKE |= dict(checkpointing_steps=240, num_steps=20, cfg_scale=2.0, device="cpu")
-# What a resumed run may change: length, intervals, pictures, device.
-MAY_CHANGE = {"max_train_steps", "log_every", "eval_every", "checkpointing_steps", "num_steps", "cfg_scale"}
-MAY_CHANGE |= {"device", "no_compile", "output_dir", "resume"}
-
-
-def check_options(args, state=None):
+def check_options(args, config=None):
     """Every mistake that shows before a model is built or a file is read. Raises ValueError with a sentence."""
-    for name, (_, allowed, sentence) in options().items():
-        value = getattr(args, name)
+    for name, (_, allowed, sentence) in OPTIONS.items():
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if allowed and value is not None and not allowed(value):
-            raise UserError(f"--{name.replace('_', '-')} {value} will not do: it is {sentence}")
-        if state and name not in MAY_CHANGE and value != state["config"][name]:
-            raise UserError(f"--{name.replace('_', '-')} {value} contradicts the checkpoint: {state['config'][name]}")
-    depth = SIT_MODELS[args.model]["depth"]
-    if args.encoder_depth and args.encoder_depth > depth:
-        raise UserError(f"--encoder-depth {args.encoder_depth} is beyond {args.model}; give 1 to {depth}")
+            raise UserError(f"{option} {value} will not do: it is {sentence}")
+        if config and name not in (*MAY_CHANGE, "output_dir", "resume") and value != config[name]:
+            raise UserError(f"{option} {value} contradicts the checkpoint, which has {config[name]}")
+    depth, holds_run = SIT_MODELS[args.model]["depth"], Path(args.output_dir or "", "checkpoint.pt").exists()
+    if (args.encoder_depth or 1) > depth:
+        raise UserError(f"--encoder-depth {args.encoder_depth} is beyond {args.model}: give 1 to {depth}")
     if args.cfg_prob == 0 and args.cfg_scale != 1:
-        raise UserError(f"--cfg-scale {args.cfg_scale} needs label dropout; with --cfg-prob 0 give 1")
+        raise UserError(f"--cfg-scale {args.cfg_scale} needs label dropout: with --cfg-prob 0 give 1")
     if args.resume and not args.output_dir:
         raise UserError("--resume needs --output-dir, the folder of the run to go on with")
-    if args.output_dir and not args.resume and Path(args.output_dir, "checkpoint.pt").exists():
-        raise UserError(f"--output-dir {args.output_dir} already holds a run; add --resume, or give another folder")
+    if args.output_dir and holds_run and not args.resume:
+        raise UserError(f"--output-dir {args.output_dir} already holds a run: add --resume, or give another folder")
 
 
 def main(argv=None):
     """Parse, check, train. Returns the exit code: 0, 2 after a mistake of the user's, 130 or 143 when stopped."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     parser, state = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False), None
-    for name, (default, _, sentence) in options().items():
+    for name, (default, _, sentence) in OPTIONS.items():
         how = dict(type=default) if isinstance(default, type) else dict(type=type(default), default=default)
         how = dict(action="store_true") if default is False else how
         parser.add_argument("--" + name.replace("_", "-"), help=sentence, **how)
@@ -755,18 +664,16 @@ def main(argv=None):
             state = load_checkpoint(Path(args.output_dir, "checkpoint.pt"))
             parser.set_defaults(**state["config"])
         args = parser.parse_args(argv)
-        check_options(args, state)
+        check_options(args, state and state["config"])
         return train(args, state)
     except (UserError, OSError) as error:
         print(f"repa_mini: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # argparse has printed its sentence, or the help
         return stop.code
-    except KeyboardInterrupt:
-        return 130
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
