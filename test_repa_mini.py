@@ -1,0 +1,926 @@
+"""Statements about the method and the program, checked. `pytest` runs all of them in less than two minutes on a CPU.
+
+Reference numbers come from the methods' own code, on weights and inputs that the formulas `wave` and `fill` give:
+SiT, loss, interpolant and samplers from the REPA authors' repository (sihyun-yu/REPA, commit 67f7145), the DINOv2
+tokens from facebookresearch/dinov2 (b8931f7) with REPA's preprocessing, CKNNA from minyoungg/platonic-rep (dcd76ba).
+"""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import repa_mini
+import sample
+from repa_mini import SIT_MODELS, SiT, TargetEncoder, interpolant, repa_loss, sample_ode, sample_sde, training_losses
+
+HERE = Path(__file__).parent
+TINY = dict(hidden_size=48, depth=3, num_heads=3, patch_size=8, encoder_depth=2, projector_dim=32, z_dim=20)
+DINO = "vit_small_patch14_dinov2"
+
+
+def wave(shape, w, phase=0.0):
+    return torch.sin(w * torch.arange(math.prod(shape), dtype=torch.float64) + phase).reshape(shape)
+
+
+def fill(state, offset=0):
+    filled = {}
+    for k, (name, p) in enumerate(sorted(state.items())):
+        scale = 0.1 if p.ndim < 2 else 1 / math.sqrt(p[0].numel())
+        filled[name] = scale * wave(p.shape, 1.7, 0.37 * (k + 1 + offset))
+    return filled
+
+
+def close(a, b, tolerance):
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    return a.shape == b.shape and (a - b).abs().max().item() <= tolerance
+
+
+def random_sit(seed=0, **kwargs):
+    """A small SiT whose every weight is random, so that no gate is closed."""
+    torch.manual_seed(seed)
+    model = SiT(**{**TINY, **kwargs})
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def batch(n=4, size=32, z_dim=20, tokens=16, seed=0):
+    """x, noise, t, y, z for a SiT of TINY's shape."""
+    g = torch.Generator().manual_seed(seed)
+    x, noise = torch.rand(n, 3, size, size, generator=g) * 2 - 1, torch.randn(n, 3, size, size, generator=g)
+    return x, noise, torch.rand(n, generator=g), torch.arange(n) % 10, torch.randn(n, tokens, z_dim, generator=g)
+
+
+def encoder_like(embed_dim=32, grid_size=4, **kwargs):
+    torch.manual_seed(0)
+    return TargetEncoder(DINO, grid_size, pretrained=False, embed_dim=embed_dim, depth=2, num_heads=2, **kwargs)
+
+
+# ---- The program learns
+
+
+def test_on_a_fixed_batch_the_velocity_loss_halves_and_the_alignment_rises():
+    images, labels = repa_mini.draw_shapes(8, seed=0)
+    x, z = repa_mini.to_unit(images), encoder_like()(repa_mini.to_unit(images))
+    torch.manual_seed(0)
+    model = SiT(hidden_size=64, depth=3, num_heads=2, patch_size=8, encoder_depth=2, projector_dim=64, z_dim=32)
+    noise, t = torch.randn_like(x), torch.linspace(0.1, 0.9, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
+    history = []
+    for _ in range(150):
+        velocity_loss, projection_loss = training_losses(model, x, noise, t, labels, z)
+        history.append((velocity_loss.item(), -projection_loss.item()))
+        optimizer.zero_grad()
+        (velocity_loss + 0.5 * projection_loss).backward()
+        optimizer.step()
+    assert history[-1][0] < history[0][0] / 2
+    assert history[-1][1] > history[0][1] + 0.3
+
+
+def test_the_velocity_loss_is_the_mean_square_and_the_sum_is_weighted_by_lambda(tiny_run):
+    """metrics.csv's losses are those of the equations: with frozen weights, lambda scales only the gradient."""
+    x, noise, t, y, z = batch()
+    model = random_sit().eval()
+    velocity_loss, projection_loss = training_losses(model, x, noise, t, y, z)
+    x_t = (1 - t).view(-1, 1, 1, 1) * x + t.view(-1, 1, 1, 1) * noise
+    v, z_tilde = model(x_t, t, y)
+    assert close(velocity_loss.detach(), ((v - (noise - x)) ** 2).mean().detach(), 1e-6)
+    assert close(projection_loss.detach(), -F.cosine_similarity(z_tilde, z, dim=-1).mean().detach(), 1e-6)
+    grads = {}
+    for weight in (0.0, 0.5, 1.0):
+        _, metrics, recorded = tiny_run(
+            "--max-train-steps", "1", "--proj-coeff", str(weight), "--learning-rate", "1e-3"
+        )
+        grads[weight] = float(metrics[0]["grad_norm"])
+    assert grads[0.0] < grads[0.5] < grads[1.0]
+
+
+# ---- SiT
+
+
+@pytest.mark.parametrize("size, patch, channels, z_dim", [(32, 8, 3, 20), (32, 16, 4, 7), (16, 4, 1, 0)])
+def test_shapes(size, patch, channels, z_dim):
+    model = SiT(**{**TINY, "input_size": size, "patch_size": patch, "in_channels": channels, "z_dim": z_dim})
+    for n in (1, 3):
+        v, z = model(torch.randn(n, channels, size, size), torch.rand(n), torch.arange(n))
+        assert v.shape == (n, channels, size, size)
+        assert z is None if z_dim == 0 else z.shape == (n, (size // patch) ** 2, z_dim)
+    assert any("projectors" in name for name in model.state_dict()) == (z_dim > 0)
+
+
+def test_at_initialisation_the_velocity_is_zero_and_blocks_are_identities():
+    model = SiT(**TINY)
+    x, _, t, y, _ = batch()
+    assert model(x, t, y)[0].abs().max() == 0
+    tokens, c = torch.randn(2, 16, 48), torch.randn(2, 48)
+    assert torch.equal(model.blocks[0](tokens, c), tokens)
+
+
+def test_unpatchify_inverts_patchify():
+    model = SiT(**{**TINY, "patch_size": 4})
+    x = torch.randn(2, 3, 32, 32)
+    patches = x.reshape(2, 3, 8, 4, 8, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 64, 48)  # row, column, in-patch, channel
+    assert torch.equal(model.unpatchify(patches), x)
+
+
+def test_position_table_has_columns_in_its_first_half_and_rows_in_its_second():
+    table = repa_mini.sincos_position_table(16, 4).reshape(4, 4, 16)
+    assert torch.equal(table[0, :, :8], table[3, :, :8]) and torch.equal(table[:, 0, 8:], table[:, 3, 8:])
+    assert not torch.equal(table[0, 0, :8], table[0, 1, :8]) and not torch.equal(table[0, 0, 8:], table[1, 0, 8:])
+    assert close(table[1, 2, 0], math.sin(2), 1e-7) and close(table[1, 2, 8], math.sin(1), 1e-7)
+
+
+def test_labels_are_dropped_at_the_given_rate_in_training_and_never_in_evaluation():
+    embedder = repa_mini.LabelEmbedder(10, 8, dropout_prob=0.3)
+    y = torch.zeros(20000, dtype=torch.long)
+    torch.manual_seed(0)
+    dropped = (embedder.train()(y) == embedder.embedding_table.weight[10]).all(dim=1).double().mean().item()
+    assert abs(dropped - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 20000)
+    assert (embedder.eval()(y) == embedder.embedding_table.weight[0]).all()
+    without = repa_mini.LabelEmbedder(10, 8, dropout_prob=0.0).train()
+    assert len(without.embedding_table.weight) == 10 and (without(y) == without.embedding_table.weight[0]).all()
+
+
+def test_the_repa_term_reaches_the_aligned_blocks_and_nothing_behind_them():
+    model = random_sit(depth=4, encoder_depth=2)
+    x, noise, t, y, z = batch()
+    z.requires_grad_()
+    training_losses(model, x, noise, t, y, z)[1].backward()
+    assert z.grad is None  # the encoder's side is a constant
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert not any(re.match(r"blocks\.[23]\.|final_layer", name) for name in reached)
+    wanted = ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "projectors.0.4.weight", "x_embedder.proj.weight"]
+    assert set(wanted) <= reached
+
+
+def test_initialisation_tensor_by_tensor():
+    """adaLN-Zero as the authors have it: zeros where named, std 0.02 for embeddings, Xavier-uniform elsewhere."""
+    torch.manual_seed(0)
+    model = SiT(hidden_size=256, depth=2, num_heads=4, encoder_depth=1, num_classes=100, z_dim=128, projector_dim=512)
+    for name, p in model.named_parameters():
+        if name == "pos_embed":
+            assert not p.requires_grad
+        elif name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
+            assert p.abs().max() == 0, name
+        elif name.startswith(("t_embedder", "y_embedder")):
+            assert abs(p.std() / 0.02 - 1) < 0.03 and abs(p.mean()) < 0.001 and p.abs().max() > 0.06, name
+        else:  # the patch embedding counts as a linear layer from 2 * 2 * 3 numbers
+            bound = math.sqrt(6 / (p.shape[0] + p[0].numel()))
+            assert 0.98 * bound < p.abs().max() <= bound and abs(p.std() / (bound / math.sqrt(3)) - 1) < 0.03, name
+
+
+def test_a_vanilla_and_a_repa_model_draw_the_same_weights():
+    models = []
+    for z_dim in (0, 20):
+        torch.manual_seed(3)
+        models.append(SiT(**{**TINY, "z_dim": z_dim}).state_dict())
+    assert all(torch.equal(p, models[1][name]) for name, p in models[0].items())
+
+
+# Parameters and keys of the authors' models: 4 channels, 1000 classes, z_dim 768, projector 2048 (their S with
+# decoder_hidden_size=384).
+SIZES = {
+    "SiT-XL/2": (683242512, 298),
+    "SiT-XL/4": (683131968, 298),
+    "SiT-XL/8": (683519232, 298),
+    "SiT-L/2": (465955600, 258),
+    "SiT-L/4": (465857344, 258),
+    "SiT-L/8": (466201600, 258),
+    "SiT-B/2": (137845008, 138),
+    "SiT-B/4": (137771328, 138),
+    "SiT-B/8": (138029568, 138),
+    "SiT-S/2": (39515664, 138),
+    "SiT-S/4": (39478848, 138),
+    "SiT-S/8": (39608064, 138),
+}
+BLOCK_SHAPES = {
+    "attn.qkv.weight": (3, 1),
+    "attn.qkv.bias": (3,),
+    "attn.proj.weight": (1, 1),
+    "attn.proj.bias": (1,),
+    "mlp.fc1.weight": (4, 1),
+    "mlp.fc1.bias": (4,),
+    "mlp.fc2.weight": (1, 4),
+    "mlp.fc2.bias": (1,),
+    "adaLN_modulation.1.weight": (6, 1),
+    "adaLN_modulation.1.bias": (6,),
+}  # in multiples of the width
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_state_dict_has_the_authors_keys_shapes_and_parameter_counts(name):
+    with torch.device("meta"):
+        model = SiT(**SIT_MODELS[name], in_channels=4, num_classes=1000, z_dim=768, projector_dim=2048)
+    shapes = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    assert (sum(p.numel() for p in model.parameters()), len(shapes)) == SIZES[name]
+    d, p = SIT_MODELS[name]["hidden_size"], SIT_MODELS[name]["patch_size"]
+    expected = {
+        "pos_embed": (1, (32 // p) ** 2, d),
+        "x_embedder.proj.weight": (d, 4, p, p),
+        "x_embedder.proj.bias": (d,),
+        "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.0.bias": (d,),
+        "t_embedder.mlp.2.weight": (d, d),
+        "t_embedder.mlp.2.bias": (d,),
+        "y_embedder.embedding_table.weight": (1001, d),
+        "projectors.0.0.weight": (2048, d),
+        "projectors.0.0.bias": (2048,),
+        "projectors.0.2.weight": (2048, 2048),
+        "projectors.0.2.bias": (2048,),
+        "projectors.0.4.weight": (768, 2048),
+        "projectors.0.4.bias": (768,),
+        "final_layer.linear.weight": (p * p * 4, d),
+        "final_layer.linear.bias": (p * p * 4,),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
+        "final_layer.adaLN_modulation.1.bias": (2 * d,),
+    }
+    for i in range(SIT_MODELS[name]["depth"]):
+        for key, multiples in BLOCK_SHAPES.items():
+            expected[f"blocks.{i}.{key}"] = tuple(d * m for m in multiples)
+    assert shapes == expected
+
+
+def test_sit_computes_the_authors_velocity_and_hidden_state():
+    model = SiT(
+        input_size=8, patch_size=2, hidden_size=48, depth=3, num_heads=3, encoder_depth=2, z_dim=20, projector_dim=32
+    )
+    state = model.double().eval().state_dict()
+    model.load_state_dict({**fill(state), "pos_embed": state["pos_embed"]})
+    v, z = model(wave((2, 3, 8, 8), 0.9), torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([3, 10]))
+    v, z = v.detach(), z.detach()
+    v8 = [-0.3123258255173321, -0.28914131230997636, 0.0982973237910795, 0.17450558412700504]
+    v8 += [-0.7099031433390016, -0.5008365420855203, -0.9086893742518143, -0.8125160797948506]
+    v4 = [0.057793648060639594, 0.02224624298648291, 0.7612499782069576, 0.6756786678263673]
+    z8 = [0.15016029409580706, 0.013092017117601953, -0.2238826380448469, 0.18100511697078364]
+    z8 += [0.09856789644176397, -0.25686239416785767, 0.10141837308732768, 0.13501573255816565]
+    assert close(v.flatten()[:8], v8, 1e-5) and close(v.flatten()[-4:], v4, 1e-5)
+    assert close([v.mean(), v.std()], [0.11551897556851014, 0.42645409946744933], 1e-5)
+    assert close(z.flatten()[:8], z8, 1e-5)
+    assert close([z.mean(), z.std()], [0.006875908990702176, 0.14213578313234784], 1e-5)
+    assert z.shape == (2, 16, 20) and sum(p.numel() for p in model.parameters()) == 151760 and len(state) == 48
+    first = [0.9092974066734314, 0.8006131052970886, 0.4176768362522125, 0.19866932928562164]
+    middle = [0.8414709568023682, 0.4476708471775055, 0.21378067135810852, 0.0998334139585495]
+    assert close(state["pos_embed"][0, 6, :4], first, 1e-7) and close(state["pos_embed"][0, 6, 24:28], middle, 1e-7)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_float32_losses_and_gradients_are_those_of_float64(path_type):
+    losses, grads = [], []
+    for dtype in (torch.float64, torch.float32):
+        model = random_sit().eval().to(dtype)
+        x, noise, t, y, z = batch()
+        both = training_losses(model, x.to(dtype), noise.to(dtype), t.to(dtype), y, z.to(dtype), path_type)
+        assert all(loss.dtype == dtype for loss in both)
+        (both[0] + 0.5 * both[1]).backward()
+        losses.append(torch.stack(both).detach().double())
+        grads.append([p.grad.double() for p in model.parameters() if p.grad is not None])
+    assert close(losses[0] / losses[1], [1.0, 1.0], 2e-6)
+    for exact, single in zip(*grads):
+        assert (single - exact).norm() <= 2e-5 * exact.norm()
+
+
+# ---- Targets
+
+
+def test_dinov2_tokens_are_the_dinov2_authors():
+    encoder = TargetEncoder(DINO, 16, pretrained=False, embed_dim=32, depth=2, num_heads=2).double()
+    encoder.model.load_state_dict(fill(encoder.model.state_dict()))
+    images = ((wave((2, 3, 32, 32), 0.013) + 1) * 127.5).round()
+    z = encoder(images / 127.5 - 1)
+    token0 = [0.046884293422227, 0.0420643536124418, 0.11039323106784714]
+    token0 += [0.04606097737511984, -0.06245657383340924, 0.2188645194585914]
+    token100 = [0.03614898883294877, 0.0009720976667364919, 0.04707391271794743]
+    token100 += [0.06678358925785656, -0.05495643907750049, 0.19199145522022773]
+    last = [-0.030097315902437312, 0.07453327664330185, 0.01638758941900187]
+    last += [0.11338592789125193, -0.04258580295419484, 0.10579347344796064]
+    assert z.shape == (2, 256, 32)
+    assert (
+        close(z[0, 0, :6], token0, 1e-5) and close(z[0, 100, :6], token100, 1e-5) and close(z[-1, -1, -6:], last, 1e-5)
+    )
+    assert close([z.mean(), z.std()], [0.04903293647947656, 0.09301586024427604], 1e-5)
+
+
+def test_the_encoder_is_frozen_and_stays_in_evaluation_mode():
+    encoder = encoder_like()
+    encoder.train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    assert not encoder(x).requires_grad
+
+
+def test_the_encoder_sees_imagenet_normalised_pixels_at_its_own_size():
+    encoder, seen = encoder_like(), []
+    encoder.model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder(torch.stack([torch.ones(3, 32, 32), -torch.ones(3, 32, 32)]))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert seen[0].shape == (2, 3, 56, 56)  # a grid of 4 patches of 14 pixels
+    assert close(seen[0][0].mean((1, 2)), (1 - mean) / std, 1e-5) and close(seen[0][1].mean((1, 2)), -mean / std, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, prefix",
+    [
+        ("vit_small_patch14_dinov2", 1),
+        ("vit_small_patch14_reg4_dinov2", 5),
+        ("vit_small_patch16_dinov3", 5),
+        ("vit_base_patch16_224.mae", 1),
+        ("vit_base_patch16_clip_224", 1),
+        ("vit_base_patch16_siglip_224", 0),
+        ("vit_tiny_patch16_224", 1),
+    ],
+)
+def test_vit_targets_are_the_normalised_tokens_without_class_and_registers(name, prefix):
+    encoder = TargetEncoder(name, grid_size=4, pretrained=False, depth=1, embed_dim=64, num_heads=1)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    z = encoder(x)
+    size = 4 * encoder.model.patch_embed.patch_size[0]
+    pixels = F.interpolate(((x + 1) / 2 - encoder.mean) / encoder.std, (size, size), mode="bicubic")
+    tokens = encoder.model.forward_features(pixels)
+    assert tokens.shape == (2, 16 + prefix, 64) and encoder.embed_dim == 64 and encoder.shape == (16, 64)
+    assert torch.equal(z, tokens[:, prefix:])
+    assert encoder.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg(name).mean)
+
+
+def test_cnn_targets_are_the_map_at_stride_16_row_by_row():
+    encoder = TargetEncoder("tf_efficientnet_lite0", grid_size=2, pretrained=False)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    maps = encoder.model.forward_intermediates(((x + 1) / 2 - encoder.mean) / encoder.std, intermediates_only=True)
+    assert encoder.embed_dim == 112 and maps[3].shape == (2, 112, 2, 2)
+    assert close(encoder(x)[:, 1], maps[3][:, :, 0, 1], 1e-5)  # token 1 is row 0, column 1
+
+
+# ---- Losses
+
+
+def test_repa_loss_is_minus_one_for_equal_plus_one_for_opposite_tokens_and_blind_to_length():
+    z = torch.randn(3, 5, 7)
+    assert close(repa_loss(z, z), -1, 1e-6) and close(repa_loss(-z, z), 1, 1e-6)
+    other, lengths = torch.randn(3, 5, 7), torch.rand(3, 5, 1) * 100 + 0.01
+    assert close(repa_loss(other * lengths, z / lengths), repa_loss(other, z), 1e-6)
+
+
+def test_repa_loss_is_the_authors():
+    assert close(repa_loss(wave((3, 5, 7), 1.3, 0.4), wave((3, 5, 7), 0.7)), 0.011408185623404515, 1e-10)
+
+
+# alpha, sigma and their derivatives at t = 0, 0.25, 0.5, 0.9, from the authors' interpolant
+INTERPOLANT = {
+    "linear": ([1.0, 0.75, 0.5, 0.1], [0.0, 0.25, 0.5, 0.9], [-1.0] * 4, [1.0] * 4),
+    "cosine": (
+        [1.0, 0.9238795325112867, 0.7071067811865476, 0.15643446504023092],
+        [0.0, 0.3826834323650898, 0.7071067811865475, 0.9876883405951378],
+        [0.0, -0.6011177298843463, -1.1107207345395915, -1.5514572174249892],
+        [1.5707963267948966, 1.4512265760697154, 1.1107207345395915, 0.24572668306931938],
+    ),
+}
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_interpolant_is_the_authors_and_its_velocity_the_derivative(path_type):
+    t = torch.tensor([0.0, 0.25, 0.5, 0.9], dtype=torch.float64)
+    for ours, theirs in zip(interpolant(t, path_type), INTERPOLANT[path_type]):
+        assert close(ours, theirs, 1e-10)
+    x, eps, h = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64), 1e-6
+    alpha, sigma, d_alpha, d_sigma = interpolant(t, path_type)
+    ahead, behind = (interpolant(t + s, path_type) for s in (h, -h))
+    slope = ((ahead[0] - behind[0]) * x + (ahead[1] - behind[1]) * eps) / (2 * h)
+    assert close(d_alpha * x + d_sigma * eps, slope, 1e-8)
+    assert interpolant(t.half(), path_type)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_t_0_is_data_and_t_1_is_noise(path_type):
+    alpha, sigma, _, _ = interpolant(torch.tensor([0.0, 1.0], dtype=torch.float64), path_type)
+    assert close(alpha, [1.0, 0.0], 1e-12) and close(sigma, [0.0, 1.0], 1e-12)
+
+
+# ---- Samplers
+
+
+class Field:
+    """A model whose velocity is `velocity(x, t, y)`; counts its evaluations."""
+
+    def __init__(self, velocity, num_classes=10):
+        self.velocity, self.num_classes, self.calls, self.rows = velocity, num_classes, 0, 0
+
+    def __call__(self, x, t, y):
+        self.calls, self.rows = self.calls + 1, self.rows + len(x)
+        return self.velocity(x, t.view(-1, 1, 1, 1), y.view(-1, 1, 1, 1)), None
+
+
+def reference_field():
+    c = lambda y: torch.where(y == 10, 0, y + 1).double()  # noqa: E731
+    return Field(lambda x, t, y: torch.tanh(x) * (1 + t) + 0.1 * c(y))
+
+
+ODE = {  # 8 steps of the authors' samplers
+    "euler": (
+        dict(),
+        [-0.05749113897635772, 0.08115711783429458, 0.1542284805358647, 0.07156601702130416]
+        + [-0.18329285153293995, -0.3320994084604417, -0.40376428934283337, -0.29996777776410727],
+    ),
+    "heun": (
+        dict(heun=True),
+        [-0.05609721451560356, 0.11365880987627501, 0.19626825425375344, 0.10249066029248946]
+        + [-0.1818555469161468, -0.36150823167045787, -0.4415406636375068, -0.3244133834704943],
+    ),
+    "guidance": (
+        dict(cfg_scale=2.5),
+        [-0.1439567840518317, -0.0068599266857392385, 0.06354062724217469, -0.016176403564927472]
+        + [-0.4496609867455593, -0.6212203119757964, -0.7070934643653455, -0.5831324686509207],
+    ),
+    "interval": (
+        dict(heun=True, cfg_scale=2.5, guidance_low=0.2, guidance_high=0.7),
+        [-0.10373867169371703, 0.06557052681571143, 0.14722878971323933, 0.054496924824492525]
+        + [-0.3278151375870874, -0.5166695240289482, -0.602076238510379, -0.4772880324481044],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_sample_ode_is_the_authors(name):
+    options, expected = ODE[name]
+    x = sample_ode(reference_field(), wave((2, 1, 2, 2), 0.8), torch.tensor([0, 2]), num_steps=8, **options)
+    assert close(x.flatten(), expected, 1e-10)
+
+
+def test_euler_is_first_and_heun_second_order():
+    """dx/dt = x has x(0) = x(1) / e; halving the step divides Euler's error by 2 and Heun's by 4."""
+    noise, y = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    for heun, order in ((False, 1), (True, 2)):
+        field = Field(lambda x, t, y: x)
+        errors = [abs(sample_ode(field, noise, y, n, heun).item() - math.exp(-1)) for n in (200, 400)]
+        # Heun's last step is Euler's, whose single error of second order leaves the order as it is
+        assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.02)
+
+
+def test_guidance_scale_1_is_no_guidance_and_scale_0_is_unconditional():
+    noise, y = wave((3, 1, 2, 2), 0.8), torch.tensor([0, 2, 5])
+    field = reference_field()
+    plain = sample_ode(field, noise, y, 4, cfg_scale=1.0)
+    assert (field.calls, field.rows) == (4, 12)  # one evaluation of the model a step
+    null = torch.full_like(y, 10)
+    assert close(sample_ode(field, noise, y, 4, cfg_scale=0.0), sample_ode(field, noise, null, 4), 1e-12)
+    outside = dict(cfg_scale=3.0, guidance_low=0.9, guidance_high=0.95)  # no step of four starts there
+    assert torch.equal(sample_ode(field, noise, y, 4, **outside), plain)
+
+
+@pytest.mark.parametrize("heun", [False, True])
+def test_guidance_doubles_the_batch_only_inside_its_interval(heun):
+    """t = 1, .75, .5, .25: both ends of [0.5, 0.75] count; Heun's second evaluation follows its step's start."""
+    field = reference_field()
+    sample_ode(field, wave((2, 1, 2, 2), 0.8), torch.tensor([0, 2]), 4, heun, 2.0, 0.5, 0.75)
+    assert field.rows == (2 + 4 + 4 + 2 if not heun else 4 + 8 + 8 + 2)  # the last step is Euler's
+
+
+def gaussian_velocity(t, x, path_type, mean=0.5, std=0.7):
+    """E[v | x_t = x] for data N(mean, std^2), as (slope, offset): the velocity is linear in x."""
+    alpha, sigma, d_alpha, d_sigma = (float(a) for a in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
+    slope = (d_alpha * alpha * std**2 + d_sigma * sigma) / (alpha**2 * std**2 + sigma**2)
+    return slope * x + (d_alpha - slope * alpha) * mean
+
+
+def gaussian_field(path_type, mean, std):
+    return Field(lambda x, t, y: gaussian_velocity(t.flatten()[0].item(), x, path_type, mean, std))
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("heun", [False, True])
+def test_ode_on_gaussian_data_follows_its_recursion_and_converges_to_the_data(path_type, heun):
+    mean, std, y = 0.5, 0.7, torch.zeros(3, dtype=torch.long)
+    noise = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
+    x, n = noise.clone(), 20
+    for i in range(n):  # the recursion, by hand
+        t, t_next = 1 - i / n, 1 - (i + 1) / n
+        v = gaussian_velocity(t, x, path_type, mean, std)
+        if heun and i < n - 1:
+            v = (v + gaussian_velocity(t_next, x + (t_next - t) * v, path_type, mean, std)) / 2
+        x = x + (t_next - t) * v
+    field = gaussian_field(path_type, mean, std)
+    assert close(sample_ode(field, noise, y, n, heun), x, 1e-9)
+    fine = sample_ode(field, noise, y, 2000, heun).flatten()
+    assert close(fine[1], mean, 1e-3) and close((fine[2] - fine[0]) / 3, std, 2e-3)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_sde_on_gaussian_data_has_the_mean_and_variance_of_its_recursion(path_type):
+    """x' = x + dt (v - w/2 s) + sqrt(w |dt|) eps with w = 2t, to t = 0.04, then a step without noise to 0."""
+    for mean, std, steps in ((0.5, 0.7, 30), (0.0, 1.0, 250)):
+        times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
+        m, var = 0.0, 1.0
+        for t, t_next in zip(times[:-1], times[1:]):
+            alpha, sigma, _, _ = (float(a) for a in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
+            spread = alpha**2 * std**2 + sigma**2  # the score of N(alpha mean, spread) is (alpha mean - x) / spread
+            drift = lambda x: gaussian_velocity(t, x, path_type, mean, std) - t * (alpha * mean - x) / spread  # noqa: E731, B023
+            dt, slope = t_next - t, drift(1.0) - drift(0.0)
+            m, var = m + dt * drift(m), (1 + dt * slope) ** 2 * var + (2 * t * abs(dt) if t_next > 0 else 0)
+        n = 40000
+        g = torch.Generator().manual_seed(0)
+        noise = torch.randn(n, 1, 1, 1, generator=g, dtype=torch.float64)
+        y = torch.zeros(n, dtype=torch.long)
+        x = sample_sde(gaussian_field(path_type, mean, std), noise, y, steps, path_type=path_type, generator=g)
+        assert abs(x.mean().item() - m) < 5 * math.sqrt(var / n)
+        assert abs(x.var().item() / var - 1) < 5 * math.sqrt(2 / n)
+        if std == 1.0:
+            assert abs(var - 1) < 0.02
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_sde_step_by_step_with_guidance_equals_a_hand_computation(path_type):
+    noise, y, g = wave((2, 1, 2, 2), 0.8), torch.tensor([0, 2]), torch.Generator()
+    x = noise.clone()
+    g.manual_seed(7)
+    for t, t_next in ((1.0, 0.68), (0.68, 0.36), (0.36, 0.04), (0.04, 0.0)):
+        alpha, sigma, d_alpha, d_sigma = interpolant(torch.tensor(t, dtype=torch.float64), path_type)
+        c = (y + 1).view(-1, 1, 1, 1).double()
+        v = torch.tanh(x) * (1 + t) + (2.5 * 0.1 * c if 0.3 <= t <= 0.7 else 0.1 * c)  # the null label adds nothing
+        r = alpha / d_alpha
+        score = (r * v - x) / (sigma**2 - r * d_sigma * sigma)
+        x = x + (t_next - t) * (v - t * score)
+        if t_next > 0:
+            x = x + math.sqrt(2 * t * (t - t_next)) * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    g.manual_seed(7)
+    options = dict(cfg_scale=2.5, guidance_low=0.3, guidance_high=0.7, path_type=path_type, generator=g)
+    assert close(sample_sde(reference_field(), noise, y, 4, **options), x, 1e-10)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_score_from_velocity_inverts_the_velocity_of_a_score(path_type):
+    """For data N(0, s^2) score and velocity are both known."""
+    x, s = torch.linspace(-2, 2, 5, dtype=torch.float64), 0.7
+    for t in (0.04, 0.5, 0.9):
+        alpha, sigma, _, _ = interpolant(torch.tensor(t, dtype=torch.float64), path_type)
+        v = gaussian_velocity(t, x, path_type, 0.0, s)
+        score = repa_mini.score_from_velocity(v, x, t, path_type)
+        assert close(score, -x / (alpha**2 * s**2 + sigma**2), 1e-9)
+
+
+def test_integrating_in_float32_changes_less_than_a_grey_level(monkeypatch):
+    """As on devices that have no float64."""
+    model = random_sit(seed=1).eval()
+    noise, y = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    exact = sample_ode(model, noise, y, 50, cfg_scale=1.5)
+    dtypes = []
+    model.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
+    monkeypatch.setattr(torch, "float64", torch.float32)
+    single = sample_ode(model, noise, y, 50, cfg_scale=1.5)
+    assert set(dtypes) == {torch.float32} and single.dtype == torch.float32
+    assert 0 < (single - exact).abs().max() < 1 / 127.5
+
+
+# ---- Data
+
+
+def test_built_in_shapes_have_their_hue_and_never_repeat():
+    images, labels = repa_mini.draw_shapes(200, seed=0)
+    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8 and labels.bincount().tolist() == [20] * 10
+    assert torch.equal(images, repa_mini.draw_shapes(200, seed=0)[0])
+    assert len(images.flatten(1).unique(dim=0)) == 200
+    red, green, blue = images.double().unbind(1)
+    across, up = red - (green + blue) / 2, (green - blue) * math.sqrt(3) / 2
+    hue = torch.atan2(up.flatten(1).sum(1), across.flatten(1).sum(1)) / (2 * math.pi) * 10
+    assert ((hue - labels + 5) % 10 - 5).abs().max() < 0.2  # in tenths of the circle
+    coloured = (images.max(1).values.int() - images.min(1).values.int() > 40).flatten(1).double()
+    assert coloured.mean(1).min() > 0.02 and coloured.mean(0).max() < 0.9  # every image has some; no pixel always
+
+
+def test_pixels_and_unit_interval_are_inverse():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(repa_mini.to_pixels(repa_mini.to_unit(pixels)), pixels)
+    assert repa_mini.to_unit(pixels)[[0, 255]].tolist() == [-1, 1]
+    assert repa_mini.to_pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def write_images(folder, classes=("cat", "dog"), n=6, mode="RGB", size=(32, 32)):
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            Image.new("RGB", size, (40 * i, 100 * k, 10)).convert(mode).save(folder / name / f"{i}.png")
+
+
+def test_a_folder_without_a_test_split_holds_out_a_seeded_part_of_every_class(tmp_path):
+    write_images(tmp_path, ("a", "b", "c"), n=6)
+    images, labels, val_images, val_labels, classes = repa_mini.load_data(tmp_path)
+    assert classes == ["a", "b", "c"] and val_labels.bincount().tolist() == [1, 1, 1] and len(images) == 15
+    together = torch.cat([images, val_images]).flatten(1).unique(dim=0)
+    assert len(together) == 18  # nothing lost, nothing twice
+    assert torch.equal(val_images, repa_mini.load_data(tmp_path)[2])
+
+
+def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path):
+    write_images(tmp_path / "train", n=5)
+    write_images(tmp_path / "test", n=2)
+    images, labels, val_images, val_labels, classes = repa_mini.load_data(tmp_path)
+    assert (len(images), len(val_images), classes) == (10, 4, ["cat", "dog"])
+    assert labels.tolist() == [0] * 5 + [1] * 5 and images[1, :, 0, 0].tolist() == [40, 0, 10]
+
+
+# ---- Training
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """Run the program in-process on few shapes with a small model. Returns the exit code, the rows of metrics.csv and
+    what every training step saw (x, noise, t, y, the label embeddings, the target)."""
+    size = dict(hidden_size=16, depth=2, num_heads=2, encoder_depth=1, patch_size=8)
+    monkeypatch.setitem(SIT_MODELS, "SiT-Ti/4", size)
+    shapes = [*repa_mini.draw_shapes(40, seed=0), *repa_mini.draw_shapes(20, seed=1), [str(k) for k in range(10)]]
+    monkeypatch.setattr(repa_mini, "load_data", lambda folder, smoke=False: shapes)
+    inner, recorded = training_losses, []
+
+    def recording(model, x, noise, t, y, z=None, path_type="linear"):
+        embedded = []
+        hook = model.y_embedder.register_forward_hook(lambda module, inputs, out: embedded.append(out.detach()))
+        losses = inner(model, x, noise, t, y, z, path_type)
+        hook.remove()
+        if model.training:
+            recorded.append((x, noise, t, y, embedded[0], z))
+        return losses
+
+    monkeypatch.setattr(repa_mini, "training_losses", recording)
+    count = iter(range(100))
+
+    def run(*options, folder=None):
+        recorded.clear()
+        folder = folder or tmp_path / f"run{next(count)}"
+        common = "--smoke --projector-dim 16 --batch-size 8 --max-train-steps 4 --log-every 2 --eval-every 4"
+        common += " --checkpointing-steps 4 --num-steps 2 --cfg-scale 1"
+        code = repa_mini.main([*common.split(), "--output-dir", str(folder), *options])
+        with open(folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        run.folder = folder
+        return code, rows, list(recorded)
+
+    return run
+
+
+def test_a_vanilla_and_a_repa_run_share_start_batches_noise_times_and_dropped_labels(tiny_run):
+    code, _, with_repa = tiny_run("--max-train-steps", "8", "--cfg-prob", "0.5", "--learning-rate", "1e-12")
+    _, _, vanilla = tiny_run(
+        "--max-train-steps", "8", "--cfg-prob", "0.5", "--learning-rate", "1e-12", "--proj-coeff", "0"
+    )
+    assert code == 0 and len(with_repa) == len(vanilla) == 8
+    for ours, theirs in zip(with_repa, vanilla):  # the embeddings show the weights and which labels were dropped
+        assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4]))
+        assert close(ours[4], theirs[4], 1e-9)
+        assert ours[5] is not None and theirs[5] is None
+    assert not torch.equal(with_repa[0][0], with_repa[1][0]) and not torch.equal(with_repa[0][1], with_repa[1][1])
+
+
+def test_an_epoch_shows_every_image_once_flipped_or_not(tiny_run):
+    _, _, steps = tiny_run("--max-train-steps", "5", "--proj-coeff", "0")  # 5 batches of 8 are the 40 images
+    images = repa_mini.to_unit(repa_mini.draw_shapes(40, seed=0)[0])
+    seen = torch.cat([x for x, *_ in steps])
+    plain, flipped = (
+        (seen[:, None] == images[None]).flatten(2).all(2),
+        (seen[:, None] == images.flip(-1)).flatten(2).all(2),
+    )
+    assert (plain | flipped).any(0).all() and 5 < flipped.any(1).sum() < 35
+
+
+def test_metrics_have_one_row_per_log_interval_and_evaluation(tiny_run):
+    _, rows, _ = tiny_run("--max-train-steps", "7", "--log-every", "2", "--eval-every", "3")
+    assert [int(row["step"]) for row in rows] == [2, 3, 4, 6, 7]
+    assert list(rows[0]) == repa_mini.COLUMNS
+    assert rows[0]["velocity_loss"] and not rows[0]["val_alignment"]
+    assert rows[1]["val_velocity_loss"] and rows[1]["val_alignment"] and not rows[1]["velocity_loss"]
+    assert rows[3]["velocity_loss"] and rows[3]["val_velocity_loss"] and float(rows[3]["images_per_second"]) > 0
+    assert sorted(f.name for f in tiny_run.folder.glob("*.png")) == [f"samples_{s:07d}.png" for s in (3, 6, 7)]
+    assert Image.open(tiny_run.folder / "samples_0000007.png").size == (342, 342)
+
+
+def test_metrics_are_the_means_of_the_steps_and_of_the_held_out_images(tiny_run):
+    _, rows, steps = tiny_run("--learning-rate", "1e-12", "--cfg-prob", "0")
+    torch.manual_seed(0)
+    state = torch.load(tiny_run.folder / "checkpoint.pt", weights_only=True)
+    model = SiT(**state["sit"])
+    model.load_state_dict(state["ema"])
+    with torch.no_grad():
+        losses = [torch.stack(training_losses(model, x, noise, t, y, z)) for x, noise, t, y, _, z in steps[:2]]
+    expected = torch.stack(losses).mean(0).tolist()
+    assert [float(rows[0][k]) for k in ("velocity_loss", "repa_loss")] == pytest.approx(expected, rel=1e-5)
+    images, labels = repa_mini.draw_shapes(20, seed=1)
+    g = torch.Generator().manual_seed(0)
+    noise, t = torch.randn(20, 3, 32, 32, generator=g), torch.rand(20, generator=g)
+    torch.manual_seed(0)
+    z = TargetEncoder(repa_mini.DEFAULT_ENCODER, 4, **repa_mini.TINY_DINOV2)(repa_mini.to_unit(images)).half()
+    with torch.no_grad():
+        v, r = training_losses(model.eval(), repa_mini.to_unit(images), noise, t, labels, z)
+    measured = [float(rows[-1][k]) for k in ("val_velocity_loss", "val_alignment")]
+    assert measured == pytest.approx([v.item(), -r.item()], rel=1e-5)
+
+
+def test_a_vanilla_run_loads_no_encoder_and_has_no_projector(tiny_run, monkeypatch):
+    monkeypatch.setattr(repa_mini, "TargetEncoder", None)
+    code, rows, _ = tiny_run("--proj-coeff", "0")
+    state = repa_mini.load_checkpoint(tiny_run.folder / "checkpoint.pt")
+    assert code == 0 and not rows[-1]["repa_loss"] and not rows[-1]["val_alignment"]
+    assert not any(name.startswith("projectors") for name in state["model"])
+
+
+def test_repa_stops_at_the_given_step(tiny_run):
+    _, rows, steps = tiny_run("--repa-stop-step", "2")
+    assert [z is not None for *_, z in steps] == [True, True, False, False]
+    assert rows[0]["repa_loss"] and not rows[1]["repa_loss"] and rows[1]["val_alignment"]
+
+
+def test_cached_targets_give_the_losses_of_fresh_ones(tiny_run, capsys):
+    _, fresh, _ = tiny_run("--max-train-steps", "8")
+    _, cached, steps = tiny_run("--max-train-steps", "8", "--cache-targets")
+    assert "--cache-targets takes" in capsys.readouterr().out
+    assert all(z.dtype == torch.half for *_, z in steps)
+    for a, b in zip(fresh, cached):
+        for column in ("velocity_loss", "repa_loss", "grad_norm"):
+            assert float(b[column]) == pytest.approx(float(a[column]), rel=2e-3)
+
+
+def test_the_ema_follows_the_weights_with_a_decay_that_grows(tiny_run, monkeypatch):
+    decays, inner = [], repa_mini.get_ema_multi_avg_fn
+    monkeypatch.setattr(repa_mini, "get_ema_multi_avg_fn", lambda decay: decays.append(decay) or inner(decay))
+    tiny_run("--max-train-steps", "1", "--learning-rate", "1e-2")
+    state = repa_mini.load_checkpoint(tiny_run.folder / "checkpoint.pt")
+    torch.manual_seed(0)
+    start = SiT(**state["sit"]).state_dict()
+    for name, ema in state["ema"].items():
+        assert close(ema, 0.1 * start[name] + 0.9 * state["model"][name], 1e-6), name
+    assert any((p - start[name]).abs().max() > 1e-3 for name, p in state["model"].items())
+    assert decays == [0.1]
+
+
+def test_without_learning_the_weights_stay_and_the_clip_is_at_one(tiny_run, monkeypatch):
+    norms, inner = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, limit: norms.append(limit) or inner(p, limit))
+    _, rows, _ = tiny_run("--learning-rate", "1e-12")
+    assert norms == [1.0] * 4
+    state = repa_mini.load_checkpoint(tiny_run.folder / "checkpoint.pt")
+    torch.manual_seed(0)
+    assert all(close(p, state["model"][name], 1e-10) for name, p in SiT(**state["sit"]).state_dict().items())
+
+
+# ---- sample.py
+
+
+@pytest.fixture
+def checkpoint(tiny_run):
+    assert tiny_run("--cfg-prob", "0.1")[0] == 0
+    return tiny_run.folder / "checkpoint.pt"
+
+
+def show(checkpoint, *options):
+    return sample.main(["--ckpt", str(checkpoint), "--num-steps", "2", "--device", "cpu", *options])
+
+
+def test_a_checkpoint_alone_is_sampled_as_its_model_says(checkpoint):
+    assert show(checkpoint, "--classes", "3", "--num-samples", "2", "--npz", str(checkpoint.with_suffix(".npz"))) == 0
+    state = torch.load(checkpoint, weights_only=True)
+    model = SiT(**state["sit"]).eval()
+    model.load_state_dict(state["ema"])
+    noise = torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)])
+    expected = repa_mini.to_pixels(sample_ode(model, noise, torch.tensor([3, 3]), 2)).permute(0, 2, 3, 1)
+    array = sample.np.load(checkpoint.with_suffix(".npz"))["arr_0"]
+    assert array.shape == (2, 32, 32, 3) and array.dtype == sample.np.uint8
+    assert (torch.from_numpy(array).int() - expected.int()).abs().max() <= 1
+
+
+def test_an_image_is_the_same_whatever_the_batch_size(checkpoint, tmp_path):
+    arrays = []
+    for size in ("2", "7"):
+        assert show(checkpoint, "--num-samples", "7", "--batch-size", size, "--npz", str(tmp_path / "a.npz")) == 0
+        arrays.append(sample.np.load(tmp_path / "a.npz")["arr_0"].astype(int))
+    assert abs(arrays[0] - arrays[1]).max() <= 1
+    assert abs(arrays[0][0] - arrays[0][1]).max() > 10
+
+
+@pytest.mark.parametrize("mode", [["--mode", "ode", "--heun"], ["--mode", "sde"]])
+def test_grids_and_folders_of_samples(checkpoint, tmp_path, mode):
+    assert show(checkpoint, *mode, "--cfg-scale", "1.5", "--guidance-low", "0.1", "--guidance-high", "0.8") == 0
+    assert Image.open(checkpoint.parent / "samples.png").size == (342, 342)  # ten classes, one a row
+    assert (
+        show(checkpoint, *mode, "--classes", "1", "4", "--num-samples", "5", "--save-dir", str(tmp_path / "png")) == 0
+    )
+    assert sorted(f.name for f in (tmp_path / "png").iterdir()) == [f"{i:06d}.png" for i in range(5)]
+    assert Image.open(tmp_path / "png" / "000000.png").size == (32, 32)
+
+
+def test_trajectory_ends_in_the_sample_and_predicts_clean_images(checkpoint):
+    assert show(checkpoint, "--trajectory", "--classes", "0", "1", "--num-steps", "8") == 0
+    strip = Image.open(checkpoint.parent / "trajectory.png")
+    assert strip.size == (2 + 34 * 8, 2 + 34 * 4)
+    # an exact velocity predicts the clean image from any t: v = eps - x
+    clean, args = torch.rand(1, 3, 32, 32) - 0.5, sample.build_parser().parse_args(["--ckpt", "x", "--num-steps", "8"])
+    field = Field(lambda x, t, y: (x - clean) / t, num_classes=1)
+    picture = sample.trajectory(field, args, "linear", torch.device("cpu"))
+    for column in range(8):
+        cell = picture[:, 36:68, 2 + 34 * column : 34 + 34 * column]
+        assert close(cell, repa_mini.to_pixels(clean)[0] / 255, 1.01 / 255)
+
+
+def test_alignment_picture_and_table_of_a_checkpoint(checkpoint, capsys):
+    assert show(checkpoint, "--alignment", "--num-samples", "2") == 0
+    assert Image.open(checkpoint.parent / "alignment.png").size == (2 + 66 * 6, 2 + 66 * 6)
+    assert show(checkpoint, "--cknna", "--topk", "3") == 0
+    lines = (checkpoint.parent / "cknna.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("layer,cknna t=0.1") and len(lines[1].split(",")) == 11
+    assert "20 held-out images" in capsys.readouterr().out
+    assert show(checkpoint, "--fd", "--num-samples", "12") == 0
+    assert "12 samples, 20 val images" in capsys.readouterr().out
+
+
+def test_cknna_works_without_a_projector(tiny_run):
+    tiny_run("--proj-coeff", "0")
+    assert show(tiny_run.folder / "checkpoint.pt", "--cknna", "--topk", "3") == 0
+
+
+def test_equal_features_have_equal_colours():
+    targets = torch.randn(2, 16, 12)
+    colours = sample.pca_colours(targets, targets.clone(), targets.flip(1))
+    assert torch.equal(colours[0], colours[1]) and torch.equal(colours[0].flip(1), colours[2])
+    assert colours[0].min() == 0 and colours[0].max() == 1 and colours[0].std() > 0.1
+
+
+CKNNA = {(40, 16, 24, 5): 0.688997824777114, (64, 8, 32, 10): 0.4237325717766288}  # n, da, db, k
+
+
+@pytest.mark.parametrize("sizes", CKNNA)
+def test_cknna_is_that_of_the_platonic_representation_hypothesis(sizes):
+    n, da, db, k = sizes
+    a = wave((n, da), 1.1)
+    b = a @ wave((da, db), 0.6) + 0.3 * wave((n, db), 2.3)
+    assert abs(sample.cknna(F.normalize(a, dim=1), F.normalize(b, dim=1), k) - CKNNA[sizes]) < 1e-6
+
+
+def test_cknna_is_one_for_equal_features_and_blind_to_rotation_and_scale():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(50, 8, generator=g).double(), torch.randn(50, 12, generator=g).double()
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=g).double())[0]
+    assert sample.cknna(a, a) == pytest.approx(1, abs=1e-4)
+    assert sample.cknna(3 * a @ rotation, 0.1 * b) == pytest.approx(sample.cknna(a, b), abs=1e-9)
+    assert abs(sample.cknna(a, b)) < 0.3
+
+
+def test_knn_accuracy_of_separate_and_of_random_features():
+    labels = torch.arange(100) % 5
+    g = torch.Generator().manual_seed(0)
+    assert sample.knn_accuracy(F.one_hot(labels, 5) + 0.01 * torch.randn(100, 5, generator=g), labels) == 1
+    assert sample.knn_accuracy(torch.randn(100, 5, generator=g), labels) < 0.4
+
+
+def test_frechet_distance_is_the_closed_form_and_zero_for_equal_sets():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(500, 6, generator=g).double()
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov())).T  # mean 0, covariance 1, exactly
+    scales, shift = torch.tensor([1.0, 2, 3, 0.5, 0.1, 4]).double(), torch.arange(6).double()
+    expected = (shift**2).sum() + ((scales - 1) ** 2).sum()
+    assert sample.frechet_distance(a, a * scales + shift) == pytest.approx(expected.item(), rel=1e-9)
+    mixed = a @ torch.randn(6, 6, generator=g).double()  # covariances that do not commute
+    other = a * scales
+    eigenvalues = torch.linalg.eigvals(other.T.cov() @ mixed.T.cov()).real.clamp(min=0)
+    closed = other.var(0).sum() + mixed.var(0).sum() - 2 * eigenvalues.sqrt().sum()
+    assert sample.frechet_distance(other, mixed) == pytest.approx(closed.item(), rel=1e-6)
+    few = torch.randn(10, 64, generator=g)  # fewer samples than dimensions
+    assert abs(sample.frechet_distance(few, few.flip(0))) < 1e-5
+    assert sample.frechet_distance(few, few + 1) == pytest.approx(64, rel=1e-6)
+
+
+# ---- The commands of the README
+
+
+def test_smoke_and_sampling_as_a_user_runs_them(tmp_path):
+    smoke = [sys.executable, HERE / "repa_mini.py", "--smoke", "--max-train-steps", "10", "--num-steps", "2"]
+    done = subprocess.run(smoke, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "001-SiT-Ti-4-repa"
+    assert sorted(f.name for f in folder.iterdir()) == ["checkpoint.pt", "metrics.csv", "samples_0000010.png"]
+    grid = [
+        sys.executable,
+        HERE / "sample.py",
+        "--ckpt",
+        folder / "checkpoint.pt",
+        "--num-samples",
+        "20",
+        "--num-steps",
+        "2",
+    ]
+    done = subprocess.run(grid, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(folder / "samples.png").size == (2 + 34 * 2, 2 + 34 * 10)
+
+
+def test_the_readme_names_functions_that_exist():
+    table = re.search(r"## Paper to code\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S).group(1)
+    named = re.findall(r"`(repa_mini|sample)\.(\w+)", table)
+    assert len(named) >= 10
+    for module, name in named:
+        assert hasattr({"repa_mini": repa_mini, "sample": sample}[module], name), name
