@@ -467,7 +467,6 @@ def train(args, state=None):
     """Train as the options say, going on from `state`, a checkpoint, if there is one. Returns the exit code."""
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32
-    torch._inductor.config.fallback_random = True  # compiled or not, the same labels are dropped
     if device.type == "cpu" and not args.smoke:
         print("training on a CPU will be slow; --smoke is a run of one minute")
 
@@ -493,6 +492,7 @@ def train(args, state=None):
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     if device.type == "cuda" and not args.no_compile:
+        torch._inductor.config.fallback_random = True  # compiled or not, the same labels are dropped
         for module in filter(None, [model, ema, encoder]):
             module.compile()
     if encoder:
