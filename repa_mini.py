@@ -205,7 +205,7 @@ class TargetEncoder(nn.Module):
             # Loaded with its head, then rid of it: with num_classes=0 timm loads non-strictly, keeping random weights.
             if weights:
                 state = timm.models.load_state_dict(weights, weights_only=True)
-                timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state)
+                timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state or {"": None})  # {}: timm would download
             self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
         except Exception as error:  # timm raises many types
             way_out = "check name and network, give --encoder-weights, or try --smoke"
@@ -355,12 +355,12 @@ def draw_shapes(n, seed):
     return (255 * pixels).round().to(torch.uint8), labels
 
 
-def load_folder(folder):
+def load_folder(path):
     """FOLDER/<class>/<image> -> images, labels, class names. Any image is centre-cropped to a square and resized."""
     try:
-        path, listing = folder, ImageFolder(folder)
+        listing = ImageFolder(path)
         images = torch.empty(len(listing), 3, 32, 32, dtype=torch.uint8)
-        for i, (path, _) in enumerate(tqdm(listing.samples, f"loading {folder}")):  # noqa: B007
+        for i, (path, _) in enumerate(tqdm(listing.samples, "loading images")):
             with Image.open(path) as image:
                 images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow raises many types
@@ -406,7 +406,7 @@ def pick_device(name=None):
     try:
         return torch.empty(0, device=name or best).device
     except Exception as error:
-        raise UserError(f"device {name} is not here ({str(error)[:80]}); {best} is") from error
+        raise UserError(f"device {name} is not here ({' '.join(str(error).split())[:80]}); {best} is") from error
 
 
 def autocast(device):
@@ -526,10 +526,10 @@ def train(args, state=None):
     stop, clock, timed = [], None, 0
     for number in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished first
         signal.signal(number, lambda number, frame: stop.append(number))
-    steps = range(start, args.max_train_steps + 1)  # the last of them only does the books
+    steps = range(start, max(start, args.max_train_steps) + 1)  # the last of them only does the books
     for step in tqdm(steps, "training", initial=start, total=args.max_train_steps):
         # The books, where they are due. Only then does the host wait for the device, and no clock runs.
-        last, stopping, row, table = step == args.max_train_steps, bool(stop), {}, torch.empty(0, 4)
+        last, stopping, row, table = step >= args.max_train_steps, bool(stop), {}, torch.empty(0, 4)
         due = [step > start and (last or step % every == 0) for every in intervals]
         log, judge, save = due[0], due[1], due[2] or stopping or step == 0
         if rows and (log or save or clock is None):
@@ -636,8 +636,8 @@ def check_options(args, config=None):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if allowed and value is not None and not allowed(value):
             raise UserError(f"{option} {value} will not do: it is {sentence}")
-        if config and name not in (*MAY_CHANGE, "output_dir", "resume") and value != config[name]:
-            raise UserError(f"{option} {value} contradicts the checkpoint, which has {config[name]}")
+        if config and name not in (*MAY_CHANGE, "output_dir", "resume") and value != config.get(name):
+            raise UserError(f"{option} {value} contradicts the checkpoint, which has {config.get(name)}")
     depth, holds_run = SIT_MODELS[args.model]["depth"], Path(args.output_dir or "", "checkpoint.pt").exists()
     if (args.encoder_depth or 1) > depth:
         raise UserError(f"--encoder-depth {args.encoder_depth} is beyond {args.model}: give 1 to {depth}")

@@ -70,7 +70,7 @@ def trajectory(model, args, path_type, device, columns=8):
     classes = torch.tensor(list(args.classes or range(model.num_classes))[:8], device=device)
     x = seeded_noise(args.seed, range(len(classes))).to(device).double()
     times = torch.linspace(1, 0, (args.num_steps or 50) + 1, dtype=torch.float64).tolist()
-    shown = torch.linspace(0, len(times) - 2, columns - 1).long().tolist()
+    shown = sorted(set(torch.linspace(0, len(times) - 2, columns - 1).long().tolist()))
     noisy, clean = [], []
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         scale = args.cfg_scale if args.guidance_low <= t <= args.guidance_high else 1.0
@@ -83,7 +83,7 @@ def trajectory(model, args, path_type, device, columns=8):
         x = x + (t_next - t) * v
     rows = torch.stack([torch.stack([*noisy, x], 1), torch.stack([*clean, x], 1)], 1)  # (class, 2, time, 3, 32, 32)
     print(f"columns: t = {', '.join(f'{times[i]:.2f}' for i in shown)}, 0; rows: x_t, predicted clean image, per class")
-    return make_grid(to_pixels(rows.flatten(0, 2)).cpu() / 255, nrow=columns)
+    return make_grid(to_pixels(rows.flatten(0, 2)).cpu() / 255, nrow=len(noisy) + 1)
 
 
 # ---- Representations (the paper's Section 3: what the hidden states know, compared with what the encoder knows)
@@ -267,6 +267,8 @@ def check_options(args):
         raise UserError(f"{interval} will not do: give numbers with 0 <= low <= high <= 1")
     if args.data and not Path(args.data).is_dir():
         raise UserError(f"--data {args.data} is not a folder: give FOLDER/<class>/<image>")
+    if args.output and not args.cknna and Path(args.output).suffix not in (".png", ".jpg"):
+        raise UserError(f"--output {args.output} will not do: give a name that ends in .png or .jpg")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} will not do: give 0 or more")
 

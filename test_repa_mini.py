@@ -5,11 +5,21 @@ SiT, loss, interpolant and samplers from the REPA authors' repository (sihyun-yu
 tokens from facebookresearch/dinov2 (b8931f7) with REPA's preprocessing, CKNNA from minyoungg/platonic-rep (dcd76ba).
 """
 
+import contextlib
 import csv
+import io
 import math
+import multiprocessing
+import os
+import pickle
+import random
 import re
+import resource
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 import repa_mini
 import sample
@@ -603,7 +614,7 @@ def test_pixels_and_unit_interval_are_inverse():
     assert repa_mini.to_pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def write_images(folder, classes=("cat", "dog"), n=6, mode="RGB", size=(32, 32)):
+def write_plain_images(folder, classes=("cat", "dog"), n=6, mode="RGB", size=(32, 32)):
     for k, name in enumerate(classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(n):
@@ -611,7 +622,7 @@ def write_images(folder, classes=("cat", "dog"), n=6, mode="RGB", size=(32, 32))
 
 
 def test_a_folder_without_a_test_split_holds_out_a_seeded_part_of_every_class(tmp_path):
-    write_images(tmp_path, ("a", "b", "c"), n=6)
+    write_plain_images(tmp_path, ("a", "b", "c"), n=6)
     images, labels, val_images, val_labels, classes = repa_mini.load_data(tmp_path)
     assert classes == ["a", "b", "c"] and val_labels.bincount().tolist() == [1, 1, 1] and len(images) == 15
     together = torch.cat([images, val_images]).flatten(1).unique(dim=0)
@@ -620,8 +631,8 @@ def test_a_folder_without_a_test_split_holds_out_a_seeded_part_of_every_class(tm
 
 
 def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path):
-    write_images(tmp_path / "train", n=5)
-    write_images(tmp_path / "test", n=2)
+    write_plain_images(tmp_path / "train", n=5)
+    write_plain_images(tmp_path / "test", n=2)
     images, labels, val_images, val_labels, classes = repa_mini.load_data(tmp_path)
     assert (len(images), len(val_images), classes) == (10, 4, ["cat", "dog"])
     assert labels.tolist() == [0] * 5 + [1] * 5 and images[1, :, 0, 0].tolist() == [40, 0, 10]
@@ -892,6 +903,810 @@ def test_frechet_distance_is_the_closed_form_and_zero_for_equal_sets():
     few = torch.randn(10, 64, generator=g)  # fewer samples than dimensions
     assert abs(sample.frechet_distance(few, few.flip(0))) < 1e-5
     assert sample.frechet_distance(few, few + 1) == pytest.approx(64, rel=1e-6)
+
+
+# ---- Faults and mistakes: a run survives being killed, interrupted, out of disk space and out of numbers, and whatever
+# a user gets wrong ends with one sentence on stderr and exit code 2
+
+
+OPTIONS = "--smoke --model SiT-Ti/8 --projector-dim 16 --batch-size 4 --max-train-steps 6 --num-steps 2 --cfg-scale 1"
+OPTIONS = f"{OPTIONS} --log-every 2 --eval-every 3 --checkpointing-steps 2".split()
+draw_shapes = repa_mini.draw_shapes
+
+
+def silent(iterable, *args, **kwargs):  # tqdm without its bar, so that stderr holds nothing but complaints
+    return iterable
+
+
+silent.write = print
+
+
+@contextlib.contextmanager
+def tiny():
+    """A SiT-Ti/8 of two blocks, 40 training and 20 held-out shapes, no progress bars, and one thread, as in the child
+    processes (the number of threads may change the last bit)."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = dict(hidden_size=16, depth=2, num_heads=2, encoder_depth=1, patch_size=8)
+        patch.setitem(repa_mini.SIT_MODELS, "SiT-Ti/8", sizes)
+        patch.setattr(repa_mini, "draw_shapes", lambda n, seed: draw_shapes({4000: 40, 200: 20}[n], seed))
+        patch.setattr(repa_mini, "tqdm", silent)
+        patch.setattr(sample, "tqdm", silent)
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(main, *argv):
+    with tiny():
+        return main([str(word) for word in argv])
+
+
+def train(folder, *argv):
+    return run(repa_mini.main, *OPTIONS, "--output-dir", folder, *argv)
+
+
+def resume(folder, *argv):
+    return run(repa_mini.main, "--resume", "--output-dir", folder, *argv)
+
+
+def complaint(capsys, code):
+    """The one line that a mistake leaves on stderr."""
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.endswith("\n") and error.count("\n") == 1, error
+    return error
+
+
+def bits(x):
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.shape, x.numpy().tobytes()
+    if isinstance(x, dict):
+        return {name: bits(value) for name, value in x.items()}
+    return [bits(value) for value in x] if isinstance(x, (list, tuple)) else x
+
+
+def table(folder):
+    """metrics.csv as dicts, without the one column that no two runs share."""
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def steps(folder):
+    return [int(row["step"]) for row in table(folder)]
+
+
+def outcome(folder):
+    """All that a finished run leaves behind, to the last bit: metrics, weights, EMA, optimizer, unlogged losses."""
+    state = repa_mini.load_checkpoint(folder / "checkpoint.pt")
+    assert state["metrics"] == (folder / "metrics.csv").read_text()
+    assert not list(folder.glob("*.part"))
+    names = "sit classes step rows model ema optimizer scaler".split()
+    pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    return table(folder), pictures, {name: bits(state[name]) for name in names}
+
+
+def every_step(monkeypatch, action):
+    """Call action(n) in the n-th training step from now on, after the gradients."""
+    clip, count = nn.utils.clip_grad_norm_, iter(range(1, 10**6))
+
+    def clip_and_act(*args, **kwargs):
+        norm = clip(*args, **kwargs)
+        action(next(count))
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip_and_act)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of six steps, with checkpoints at 0, 2, 4 and 6. To be read, not written."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train(folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vanilla(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vanilla")
+    assert train(folder, *"--proj-coeff 0 --cfg-prob 0 --max-train-steps 1".split()) == 0
+    return folder
+
+
+@pytest.fixture
+def checkpoint_at_4(tmp_path):
+    """A run stopped at step 4 of 6: its folder and the bytes of its checkpoint."""
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        every_step(patch, lambda n: n == 4 and os.kill(os.getpid(), signal.SIGTERM))
+        assert train(folder) == 143
+    assert repa_mini.load_checkpoint(folder / "checkpoint.pt")["step"] == 4
+    return folder, (folder / "checkpoint.pt").read_bytes()
+
+
+# ---- Killed
+LONG = "--max-train-steps 40 --log-every 3 --eval-every 8 --checkpointing-steps 1".split()
+
+
+def train_and_be_killed(folder, argv, moment):
+    """For a child process. The moments lie in the second checkpoint that the child writes."""
+    save, sync, replace, count = torch.save, os.fsync, os.replace, iter(range(10**6))
+
+    def now(at):
+        return at == moment and next(count) == 1
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_or_die(state, file):
+        buffer = io.BytesIO()
+        save(state, buffer)
+        if now("half written"):
+            file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+            file.flush()
+            kill()
+        file.write(buffer.getvalue())
+
+    def sync_or_die(number):
+        return kill() if now("written, not synced") else sync(number)
+
+    def replace_or_die(source, target):
+        if now("synced, not renamed"):
+            kill()
+        replace(source, target)
+        if now("renamed"):
+            kill()
+
+    torch.save, os.fsync, os.replace = save_or_die, sync_or_die, replace_or_die
+    run(repa_mini.main, *argv, "--output-dir", folder)
+
+
+def test_a_run_killed_at_any_moment_keeps_a_whole_checkpoint_and_goes_on_to_the_same_bits(tmp_path):
+    assert train(tmp_path / "whole", *LONG) == 0
+    context = multiprocessing.get_context("forkserver")  # imports once, and forks before torch has threads
+    context.set_forkserver_preload(["timm", "torchvision", "pytest", "repa_mini", "sample"])
+    folder, rng, reached = tmp_path / "killed", random.Random(0), 0
+    checkpoint = folder / "checkpoint.pt"
+    exact = ["half written", "written, not synced", "synced, not renamed", "renamed"]
+    for moment in [*exact, None, None, None, "half written"]:
+        begun = checkpoint.exists()
+        before = checkpoint.stat().st_mtime_ns if begun else 0
+        argv = ["--resume"] if begun else [*OPTIONS, *LONG]
+        child = context.Process(target=train_and_be_killed, args=(folder, argv, moment))
+        child.start()
+        if moment is None:  # anywhere within the next steps
+            while child.is_alive() and checkpoint.stat().st_mtime_ns == before:
+                child.join(0.002)
+            child.join(rng.uniform(0, 0.03))
+            child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        step = repa_mini.load_checkpoint(checkpoint)["step"]
+        assert reached <= step < 40
+        reached = step
+    assert (folder / "checkpoint.part").exists()  # the half that the last one left
+    assert resume(folder) == 0
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_rows_past_the_checkpoint_are_dropped_and_none_is_doubled_or_missing(tmp_path, monkeypatch):
+    every = "--max-train-steps 7 --log-every 1 --eval-every 2 --checkpointing-steps 3".split()
+    assert train(tmp_path / "whole", *every) == 0
+    with monkeypatch.context() as patch:
+        every_step(patch, lambda n: 1 / (n - 6))  # as sudden as a kill: nothing cleans up
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "run", *every)
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+    with monkeypatch.context() as patch:
+        every_step(patch, lambda n: 1 / (n - 1))
+        with pytest.raises(ZeroDivisionError):
+            resume(tmp_path / "run")
+    assert steps(tmp_path / "run") == [1, 2, 3]  # the checkpoint's
+    assert resume(tmp_path / "run") == 0
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+# ---- Interrupted
+VARIANTS = ["", "--proj-coeff 0", "--cache-targets --repa-stop-step 4 --path-type cosine --seed 7"]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_run_interrupted_again_and_again_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys, options):
+    # 10 batches an epoch: the 12 steps go into the second; a stop after each number of steps falls before, on and
+    # after rows, evaluations and checkpoints.
+    argv = [*"--max-train-steps 12 --log-every 3 --eval-every 4 --checkpointing-steps 5".split(), *options.split()]
+    assert train(tmp_path / "whole", *argv) == 0
+    folder, done = tmp_path / "run", 0
+    for number, count in [(15, 1), (2, 1), (15, 2), (2, 3), (15, 1), (2, 3)]:
+        with monkeypatch.context() as patch:
+            every_step(patch, lambda n: n == count and os.kill(os.getpid(), number))
+            capsys.readouterr()
+            assert (resume(folder) if done else train(folder, *argv)) == {2: 130, 15: 143}[number]
+        done += count  # the step in hand was finished, and no other begun
+        assert repa_mini.load_checkpoint(folder / "checkpoint.pt")["step"] == done
+        hint = f"to go on: python repa_mini.py --resume --output-dir {folder}"
+        assert hint in capsys.readouterr().out.splitlines()[-1]
+    assert resume(folder) == 0
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_a_run_made_longer_equals_one_that_was_long_from_the_start(tmp_path, finished):
+    assert train(tmp_path / "long", "--max-train-steps", 12) == 0
+    assert train(tmp_path / "run") == 0
+    assert resume(tmp_path / "run", "--max-train-steps", 12) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "long")
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_resuming_a_run_that_is_long_enough_changes_nothing(tmp_path, finished, length):
+    assert train(tmp_path / "run") == 0
+    assert resume(tmp_path / "run", "--max-train-steps", length) == 0
+    assert outcome(tmp_path / "run") == outcome(finished)
+
+
+def test_after_a_run_signals_have_their_usual_meaning(finished):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# ---- Out of disk space
+@contextlib.contextmanager
+def full_disk(kind, folder):
+    """A file that grows beyond 100 kB meets the file size limit, or every write to the temporary file meets ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if kind == "no space":
+        (folder / "checkpoint.part").symlink_to("/dev/full")
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["no space", "file too large"])
+def test_a_full_disk_leaves_the_previous_checkpoint_untouched(checkpoint_at_4, finished, capsys, kind):
+    folder, before = checkpoint_at_4
+    with full_disk(kind, folder):
+        code = resume(folder, "--eval-every", 100, "--max-train-steps", 8)  # its first file is the checkpoint of step 6
+    error = complaint(capsys, code)
+    assert f"cannot write {folder / 'checkpoint.pt'}" in error and "the one before is untouched" in error
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob("*.part"))
+    assert resume(folder) == 0  # there is room again
+    assert outcome(folder) == outcome(finished)
+
+
+# ---- Out of numbers
+def not_finite(what, at, monkeypatch):
+    """From training step `at` on the velocity loss, the REPA loss, or nothing but the gradient is not finite."""
+    honest, count = repa_mini.training_losses, iter(range(1, 10**6))
+
+    def losses(*args, **kwargs):
+        velocity, projection = honest(*args, **kwargs)
+        if torch.is_grad_enabled() and next(count) >= at:  # evaluations do not count
+            if what == "gradient":
+                velocity = velocity.clone()
+                velocity.register_hook(lambda gradient: gradient * torch.inf)
+            velocity = velocity * torch.nan if what == "velocity" else velocity
+            projection = projection + torch.inf if what == "REPA" else projection  # its gradient stays finite
+        return velocity, projection
+
+    monkeypatch.setattr(repa_mini, "training_losses", losses)
+
+
+@pytest.mark.parametrize("what", ["velocity", "REPA", "gradient"])
+@pytest.mark.parametrize("every", ["--log-every 1", "--log-every 100"])  # seen by the row, or by the checkpoint
+def test_numbers_that_are_not_finite_stop_the_run_before_a_checkpoint_is_written(
+    checkpoint_at_4, finished, monkeypatch, capsys, what, every
+):
+    folder, before = checkpoint_at_4
+    with monkeypatch.context() as patch:
+        not_finite(what, 2, patch)
+        error = complaint(capsys, resume(folder, *every.split()))
+    assert "step 6: velocity loss, REPA loss, gradient norm are " in error
+    numbers = [float(number) for number in error.split(" are ")[1].split(", not finite")[0].split(", ")]
+    finite = dict(velocity=[False, True, False], REPA=[True, False, True], gradient=[True, True, False])[what]
+    assert torch.tensor(numbers).isfinite().tolist() == finite and str(folder) in error
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob("*.part")) and 6 not in steps(folder)
+    assert resume(folder) == 0
+    assert outcome(folder) == outcome(finished)
+
+
+def test_the_first_step_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
+    not_finite("velocity", 2, monkeypatch)
+    assert "step 2: " in complaint(capsys, train(tmp_path / "run", "--log-every", 5, "--checkpointing-steps", 5))
+
+
+def test_a_stop_does_not_save_numbers_that_are_not_finite(checkpoint_at_4, monkeypatch, capsys):
+    folder, before = checkpoint_at_4
+    not_finite("velocity", 2, monkeypatch)
+    every_step(monkeypatch, lambda n: n == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    rarely = "--max-train-steps 10 --log-every 100 --checkpointing-steps 100".split()
+    assert "step 6: " in complaint(capsys, resume(folder, *rarely))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+# ---- Half precision
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", [1e-6, 1e-3, 1.0, 250.0, 6e4])
+def test_the_repa_loss_of_half_precision_tokens_of_any_length_is_exact(dtype, length):
+    torch.manual_seed(0)
+    z_tilde, z = F.normalize(torch.randn(2, 3, 5, 16), dim=-1).unbind()
+    z_tilde, z = (length * z_tilde).to(dtype), (z + z_tilde).to(dtype)  # squares of 1e-6 vanish, of 6e4 overflow
+    exact = -F.cosine_similarity(z_tilde.double(), z.double(), dim=-1).mean()
+    for loss in (repa_mini.repa_loss(z_tilde, z), repa_mini.repa_loss(z, z_tilde)):
+        assert loss.dtype == torch.float32
+        assert abs(loss.item() - exact.item()) < 1e-6
+    assert exact < -0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 6e4])
+def test_the_velocity_loss_of_half_precision_predictions_is_exact(dtype, size):
+    torch.manual_seed(0)
+    prediction = (size * torch.rand(4, 3, 8, 8)).to(dtype)  # squares of 6e4 overflow, of 1e-4 vanish
+    x, noise, t = torch.zeros(4, 3, 8, 8, dtype=dtype), torch.zeros(4, 3, 8, 8, dtype=dtype), torch.rand(4).to(dtype)
+    loss, _ = repa_mini.training_losses(lambda x_t, t, y: (prediction, None), x, noise, t, None)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(prediction.double().square().mean().item(), rel=1e-6)
+
+
+def test_zero_tokens_have_a_finite_loss_and_gradient():
+    z_tilde = torch.zeros(1, 2, 4, requires_grad=True)
+    loss = repa_mini.repa_loss(z_tilde, torch.zeros(1, 2, 4))
+    loss.backward()
+    assert loss.item() == 0 and z_tilde.grad.isfinite().all()
+
+
+def test_float64_stays_float64():
+    torch.manual_seed(0)
+    x, noise, prediction, z = torch.randn(4, 2, 3, 8, 8, dtype=torch.float64)
+    t = torch.rand(2, dtype=torch.float64)
+    losses = repa_mini.training_losses(lambda x_t, t, y: (prediction, prediction), x, noise, t, None, z)
+    assert [loss.dtype for loss in losses] == [torch.float64] * 2
+    assert losses[0].item() == pytest.approx((prediction - (noise - x)).square().mean().item(), rel=1e-14)
+    assert losses[1].item() == pytest.approx(-F.cosine_similarity(prediction, z, dim=-1).mean().item(), rel=1e-13)
+
+
+# ---- Files that are no checkpoint
+class Trap:
+    """A pickle that creates a file when it is opened without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def bad_file(kind, path, whole):
+    """Write something that is not what it should be to `path`; returns the file that must not come into being."""
+    trap = path.with_name("executed")
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "missing its end":
+        path.write_bytes(whole[:-1])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint\n" * 100)
+    elif kind == "another dict":
+        torch.save(dict(model={}, ema={}, opt={}, steps=1), path)
+    elif kind == "a list":
+        torch.save([1, 2, 3], path)
+    elif kind == "code in a pickle":
+        path.write_bytes(pickle.dumps(Trap(trap), protocol=2))
+        pickle.loads(path.read_bytes()).close()  # the trap works
+    elif kind == "code in a zip":
+        torch.save(dict(config=Trap(trap), model=Trap(trap)), path)
+        torch.load(path, weights_only=False)["config"].close()
+    assert trap.exists() == kind.startswith("code")
+    trap.unlink(missing_ok=True)
+    return trap
+
+
+BAD = ["truncated", "missing its end", "empty", "text", "another dict", "a list", "code in a pickle", "code in a zip"]
+
+
+@pytest.mark.parametrize("kind", [*BAD, "absent"])
+def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_is_executed(tmp_path, finished, capsys, kind):
+    path = tmp_path / "checkpoint.pt"
+    trap = bad_file(kind, path, (finished / "checkpoint.pt").read_bytes())
+    for use in (lambda: resume(tmp_path), lambda: run(sample.main, "--ckpt", path)):
+        error = complaint(capsys, use())
+        assert f"cannot use checkpoint {path}" in error and "whole" in error
+    with pytest.raises(ValueError, match="cannot use checkpoint"):
+        repa_mini.load_checkpoint(path)
+    assert not trap.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ([] if kind == "absent" else ["checkpoint.pt"])
+
+
+# ---- Where a run goes
+def test_without_an_output_folder_every_run_gets_a_fresh_one_and_says_which(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/002-kept").mkdir()
+    names = ["runs/003-SiT-Ti-8-repa", "runs/004-SiT-Ti-8-vanilla", "runs/005-SiT-Ti-8-repa"]
+    for name, coeff in zip(names, (0.5, 0, 0.5)):
+        assert run(repa_mini.main, *OPTIONS, "--max-train-steps", 1, "--proj-coeff", coeff) == 0
+        assert name in capsys.readouterr().out
+        assert repa_mini.load_checkpoint(Path(name, "checkpoint.pt"))["step"] == 1
+    assert sorted(str(path) for path in Path("runs").iterdir()) == ["runs/002-kept", *names]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):
+    before = outcome(finished)
+    error = complaint(capsys, train(finished))
+    assert str(finished) in error and "--resume" in error
+    assert outcome(finished) == before
+
+
+def test_an_output_folder_that_is_a_file_or_lies_in_one_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in complaint(capsys, train(tmp_path / "file"))
+    assert str(tmp_path / "file") in complaint(capsys, train(tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_needs_to_know_the_folder(capsys):
+    assert "--output-dir" in complaint(capsys, run(repa_mini.main, "--resume"))
+
+
+CONTRADICTIONS = ["--learning-rate 0.1", "--model SiT-S/8", "--seed 1", "--cfg-prob 0.2", "--batch-size 5"]
+CONTRADICTIONS += ["--proj-coeff 0.25", "--path-type cosine", "--encoder-depth 2", "--encoder vit_tiny_patch16_224"]
+CONTRADICTIONS += ["--projector-dim 8", "--repa-stop-step 3", "--data .", "--cache-targets"]
+
+
+@pytest.mark.parametrize("options", CONTRADICTIONS)
+def test_resume_refuses_what_contradicts_the_checkpoint_and_names_it(finished, capsys, options):
+    before = outcome(finished)
+    error = complaint(capsys, resume(finished, *options.split(), "--max-train-steps", 8))
+    option, *value = options.split()
+    has = repa_mini.load_checkpoint(finished / "checkpoint.pt")["config"][option[2:].replace("-", "_")]
+    assert f"{option} {value[0] if value else True} contradicts the checkpoint, which has {has}" in error
+    assert outcome(finished) == before
+
+
+def test_resume_may_change_length_intervals_device_and_the_look_of_the_samples(tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder) == 0
+    options = "--smoke --log-every 1 --eval-every 8 --checkpointing-steps 8 --num-steps 3 --cfg-scale 2 --device cpu"
+    assert resume(folder, *options.split(), "--no-compile", "--max-train-steps", 8) == 0
+    assert steps(folder) == [2, 3, 4, 6, 7, 8]
+    config = repa_mini.load_checkpoint(folder / "checkpoint.pt")["config"]
+    assert (config["log_every"], config["num_steps"], config["cfg_scale"], config["max_train_steps"]) == (1, 3, 2.0, 8)
+
+
+# ---- Mistakes on the command line: the option, and what the sentence must name
+MISTAKES = {
+    "--model SiT-M/2": "SiT-{Ti,S,B,L,XL}/{2,4,8}",
+    "--encoder-depth 0": "from 1",
+    "--encoder-depth -1": "from 1",
+    "--encoder-depth 3": "1 to 2",
+    "--encoder-depth 13 --model SiT-S/8": "1 to 12",
+    "--batch-size 0": "from 1",
+    "--batch-size 41": "40 training images",
+    "--batch-size 2.5": "invalid int value: '2.5'",
+    "--learning-rate 0": "positive",
+    "--learning-rate -0.1": "positive",
+    "--learning-rate nan": "positive",
+    "--learning-rate inf": "positive",
+    "--max-train-steps 0": "from 1",
+    "--log-every 0": "from 1",
+    "--eval-every 0": "from 1",
+    "--checkpointing-steps -5": "from 1",
+    "--num-steps 0": "from 1",
+    "--repa-stop-step 0": "from 1",
+    "--projector-dim 0": "from 1",
+    "--cfg-prob 1.0": "[0, 1)",
+    "--cfg-prob -0.1": "[0, 1)",
+    "--cfg-prob nan": "[0, 1)",
+    "--cfg-scale 2 --cfg-prob 0": "--cfg-prob 0",
+    "--cfg-scale inf": "a number",
+    "--proj-coeff -0.5": "from 0",
+    "--proj-coeff nan": "from 0",
+    "--proj-coeff text": "invalid float value: 'text'",
+    "--path-type spiral": "linear or cosine",
+    "--seed -1": "from 0",
+    "--device nonsense": "cpu is",
+    "--device cuda:99": " is",
+    "--encoder nonsense": "timm.list_models()",
+    "--encoder vit_tiny_patch16_224.nonsense": "Invalid pretrained tag",
+    "--encoder resnet18.a1_in1k --encoder-weights nowhere.pth": ".safetensors or .pth",
+    "--data nowhere": "<class>/<image>",
+    "--nonsense 1": "unrecognized arguments",
+    "--enc vit_tiny_patch16_224": "unrecognized arguments",  # not taken for --encoder
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_one_sentence_before_a_folder_is_made(tmp_path, capsys, mistake):
+    error = complaint(capsys, train(tmp_path / "run", *mistake.split()))
+    assert MISTAKES[mistake] in error
+    assert mistake.split()[0] in error or mistake.split()[1] in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_error_of_many_lines_becomes_one_sentence(monkeypatch):
+    def no_device(*args, **kwargs):  # what CUDA says of a GPU too many
+        raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range\nCompile with ...")
+
+    monkeypatch.setattr(torch, "empty", no_device)
+    with pytest.raises(ValueError, match="device cuda:7 is not here") as caught:
+        repa_mini.pick_device("cuda:7")
+    assert "\n" not in str(caught.value)
+
+
+# ---- No network
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("Network is unreachable")
+
+
+def test_without_a_network_cifar10_is_missed_in_a_sentence_with_a_way_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no ./data is
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    argv = [word for word in OPTIONS if word != "--smoke"]
+    error = complaint(capsys, run(repa_mini.main, *argv, "--proj-coeff", 0, "--device", "cpu"))
+    assert "CIFAR-10" in error and "Network is unreachable" in error and "--data" in error and "--smoke" in error
+    assert not Path("runs").exists()
+
+
+def test_without_a_network_encoder_weights_are_missed_in_a_sentence_with_a_way_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", no_network)
+    error = complaint(capsys, train(tmp_path / "run", "--encoder", "vit_tiny_patch16_224"))
+    assert "vit_tiny_patch16_224" in error and "Network is unreachable" in error
+    assert "--encoder-weights" in error and "--smoke" in error
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Encoder weights
+SMALL = dict(embed_dim=24, depth=1, num_heads=3)
+ENCODERS = {  # name: a small variant, the grid whose position table needs no resizing, one of its tensors
+    "vit_tiny_patch16_224": (SMALL, 14, "blocks.0.attn.qkv.weight"),  # supervised, with a head
+    "vit_small_patch14_dinov2.lvd142m": (SMALL, 37, "blocks.0.ls1.gamma"),
+    "tf_efficientnet_lite0": ({}, 4, "blocks.1.0.bn1.running_var"),  # a CNN
+}
+
+
+def random_weights(name, **changes):
+    torch.manual_seed(1)
+    state = timm.create_model(name, **changes).state_dict()  # random, running statistics too
+    return {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_weights_that_fit_are_loaded_to_the_last_bit(tmp_path, name, suffix):
+    changes, grid_size, _ = ENCODERS[name]
+    weights, path = random_weights(name, **changes), tmp_path / f"weights{suffix}"
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+    encoder = repa_mini.TargetEncoder(name, grid_size, str(path), **changes)
+    loaded = bits(encoder.model.state_dict())
+    heads = [key for key in weights if key.startswith(("head", "classifier"))]
+    assert loaded == {key: value for key, value in bits(weights).items() if key not in heads}
+    assert (len(heads) == 2) == ("dinov2" not in name)
+
+
+@pytest.mark.parametrize("fault", ["a tensor is missing", "a tensor has another shape", "a tensor too many", "no head"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_weights_that_do_not_fit_are_refused(tmp_path, name, fault):
+    changes, grid_size, key = ENCODERS[name]
+    weights, path = random_weights(name, **changes), tmp_path / "weights.pth"
+    if fault == "a tensor is missing":
+        weights.pop(key)
+    elif fault == "a tensor has another shape":
+        weights[key] = weights[key][:-1].clone()
+    elif fault == "a tensor too many":
+        weights["blocks.7.extra"] = torch.zeros(3)
+    elif "dinov2" in name:
+        pytest.skip("DINOv2 has no head to miss")
+    else:
+        weights = {key: value for key, value in weights.items() if not key.startswith(("head", "classifier"))}
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=f"cannot make encoder {name}.*weights.pth must hold all") as error:
+        repa_mini.TargetEncoder(name, grid_size, str(path), **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_takes_encoder_weights_that_fit_and_no_others(tmp_path, capsys):
+    weights, path = random_weights("vit_tiny_patch16_224"), tmp_path / "weights.safetensors"
+    argv = ["--max-train-steps", 1, "--encoder", "vit_tiny_patch16_224", "--encoder-weights", path]
+    save_file(weights, path)
+    assert train(tmp_path / "run", *argv) == 0
+    state = repa_mini.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["sit"]["z_dim"] == 192 and state["config"]["encoder_weights"] == str(path)
+    weights.pop("norm.weight")
+    save_file(weights, path)
+    capsys.readouterr()
+    error = complaint(capsys, train(tmp_path / "other", *argv))
+    assert "norm.weight" in error and str(path) in error
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_files_that_are_no_weights_are_refused_and_nothing_in_them_is_executed(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *args, **kwargs: pytest.fail("downloads others"))
+    path, buffer = tmp_path / "weights.pth", io.BytesIO()
+    torch.save({"patch_embed.proj.weight": torch.zeros(192, 3, 16, 16)}, buffer)
+    trap = bad_file(kind, path, buffer.getvalue())
+    code = train(tmp_path / "run", "--encoder", "vit_tiny_patch16_224", "--encoder-weights", path)
+    assert f"{path} must hold all of its tensors" in complaint(capsys, code)
+    assert not trap.exists() and not (tmp_path / "run").exists()
+
+
+# ---- Images
+def write_images(folder, classes=("a", "b"), n=3, size=(32, 32)):
+    rng = random.Random(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(folder / name / f"{i}.png")
+
+
+def test_a_run_on_a_folder_of_images_works(tmp_path):
+    write_images(tmp_path / "images", ("cat", "dog", "owl"), size=(40, 48))
+    assert train(tmp_path / "run", "--max-train-steps", 1, "--data", tmp_path / "images") == 0
+    assert repa_mini.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["classes"] == ["cat", "dog", "owl"]
+
+
+def test_a_data_folder_must_be_one_of_images_in_classes(tmp_path, capsys):
+    def refusal(folder):
+        error = complaint(capsys, train(tmp_path / "run", "--data", folder))
+        assert str(folder) in error and "FOLDER/<class>/<image>" in error and not (tmp_path / "run").exists()
+        return error
+
+    (tmp_path / "empty").mkdir()
+    refusal(tmp_path / "empty")
+    write_images(tmp_path / "flat", ["."])
+    refusal(tmp_path / "flat")
+    write_images(tmp_path / "hollow")
+    (tmp_path / "hollow" / "nobody").mkdir()
+    assert "nobody" in refusal(tmp_path / "hollow")
+    (tmp_path / "hollow" / "nobody" / "notes.txt").write_text("no image")
+    assert "nobody" in refusal(tmp_path / "hollow")
+
+
+@pytest.mark.parametrize("broken", ["text", "truncated", "empty"])
+def test_a_broken_image_is_named(tmp_path, capsys, broken):
+    write_images(tmp_path / "images")
+    path = tmp_path / "images" / "b" / "1.png"
+    path.write_bytes(dict(text=b"no image", truncated=path.read_bytes()[:1000], empty=b"")[broken])
+    assert str(path) in complaint(capsys, train(tmp_path / "run", "--data", tmp_path / "images"))
+
+
+def test_a_test_split_must_have_the_classes_of_the_training_split(tmp_path, capsys):
+    write_images(tmp_path / "images" / "train", ("a", "b"))
+    write_images(tmp_path / "images" / "test", ("a", "c"))
+    error = complaint(capsys, train(tmp_path / "run", "--data", tmp_path / "images"))
+    assert "['a', 'b']" in error and "['a', 'c']" in error
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 32), (32, 64), (64, 64), (33, 32)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK"])
+def test_images_of_any_mode_and_shape_are_cropped_at_their_centre(tmp_path, mode, size):
+    rng = random.Random(0)
+    image = Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(255)
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "0.tiff")
+    with tiny():
+        images, labels, classes = repa_mini.load_folder(tmp_path)
+    assert images.dtype == torch.uint8 and images.shape == (1, 3, 32, 32)
+    assert labels.tolist() == [0] and classes == ["a"]
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    if size != (33, 32):  # whose centre lies half a pixel off the grid
+        centre = image.convert("RGB").crop((left, top, left + side, top + side))
+        centre = centre.resize((32, 32), Image.Resampling.BICUBIC)
+        assert images[0].permute(1, 2, 0).numpy().tobytes() == centre.tobytes()
+
+
+def test_large_images_are_cropped_before_they_are_shrunk(tmp_path):
+    image = Image.new("RGB", (128, 64), "red")  # its middle square is green and blue
+    image.paste("lime", (32, 0, 64, 64))
+    image.paste("blue", (64, 0, 96, 64))
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "0.png")
+    with tiny():
+        images, _, _ = repa_mini.load_folder(tmp_path)
+    lime, blue = torch.tensor([[0], [255], [0]]), torch.tensor([[0], [0], [255]])
+    assert (images[0, :, 5, 1:14] == lime).all() and (images[0, :, 5, 18:31] == blue).all()
+
+
+# ---- sample.py
+SAMPLE_MISTAKES = {
+    "--classes 10": "0 to 9",
+    "--classes 3 -1": "0 to 9",
+    "--guidance-low 0.8 --guidance-high 0.2": "low <= high",
+    "--guidance-low -0.1": "0 <= low",
+    "--guidance-high nan": "0 <= low",
+    "--cfg-scale nan": "numbers",
+    "--num-steps 0": "at least 1",
+    "--num-samples 0": "at least 1",
+    "--batch-size -1": "at least 1",
+    "--seed -1": "0 or more",
+    "--mode euler": "choose from",
+    "--device nonsense": "cpu is",
+    "--data nowhere --fd": "FOLDER/<class>/<image>",
+    "--encoder nonsense --alignment": "nonsense",
+    "--cknna --topk 1": "topk",
+    "--cknna --topk 20": "topk",
+    "--cknna --num-samples 3 --topk 2": "at least 4 images",
+    "--nonsense": "unrecognized arguments",
+    "--output nowhere/samples.png": "nowhere/samples.png",
+    "--output samples.nonsense": "samples.nonsense",
+}
+
+
+@pytest.mark.parametrize("mistake", SAMPLE_MISTAKES)
+def test_a_mistake_in_sampling_is_answered_with_one_sentence(tmp_path, monkeypatch, finished, capsys, mistake):
+    monkeypatch.chdir(tmp_path)
+    argv = f"--output a.png --num-steps 1 --device cpu {mistake}".split()
+    assert SAMPLE_MISTAKES[mistake] in complaint(capsys, run(sample.main, "--ckpt", finished / "checkpoint.pt", *argv))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mistake, sentence", [("--cfg-scale 2", "label dropout"), ("--alignment", "vanilla run")])
+def test_a_vanilla_run_without_label_dropout_has_neither_guidance_nor_alignment(vanilla, capsys, mistake, sentence):
+    assert sentence in complaint(capsys, run(sample.main, "--ckpt", vanilla / "checkpoint.pt", *mistake.split()))
+
+
+def test_sampling_needs_a_checkpoint(capsys):
+    assert "--ckpt" in complaint(capsys, run(sample.main))
+
+
+# ---- The same mistakes in Python
+class Still(nn.Module):
+    """A model for the samplers, without motion."""
+
+    num_classes, class_dropout_prob = 10, 0.1
+
+    def forward(self, x, t, y):
+        return torch.zeros_like(x), None
+
+
+def draw(classes=(3,), dropout=0.1, sampler=repa_mini.sample_ode, **options):
+    model = Still()
+    model.class_dropout_prob = dropout
+    return sampler(model, torch.zeros(len(classes), 3, 4, 4), torch.tensor(classes), 2, **options)
+
+
+@pytest.mark.parametrize("sampler", [repa_mini.sample_ode, repa_mini.sample_sde])
+def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
+    for options, sentence in [
+        (dict(cfg_scale=float("nan")), "give a number"),
+        (dict(cfg_scale=float("inf")), "give a number"),
+        (dict(guidance_low=0.6, guidance_high=0.4), "low <= high"),
+        (dict(guidance_low=-0.1), "0 <= low"),
+        (dict(guidance_high=1.1), "high <= 1"),
+        (dict(cfg_scale=2.0, dropout=0), "label dropout"),
+        (dict(classes=(3, 11)), "give 0 to 9"),
+        (dict(classes=(-1, 3)), "give 0 to 9"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            draw(sampler=sampler, **options)
+    assert draw(sampler=sampler, cfg_scale=2.0).shape == (1, 3, 4, 4)  # what makes sense is drawn
+    assert draw(sampler=sampler, dropout=0).shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("depth", [0, 13, -1])
+def test_sit_refuses_an_encoder_depth_outside_its_blocks(depth):
+    with pytest.raises(ValueError, match=rf"encoder depth {depth} is outside 1\.\.12"):
+        repa_mini.SiT(encoder_depth=depth)
+
+
+def test_unknown_names_are_refused_with_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="cannot make encoder nonsense"):
+        repa_mini.TargetEncoder("nonsense")
+    with pytest.raises(ValueError, match="path type spiral is unknown; choose linear or cosine"):
+        repa_mini.interpolant(torch.tensor(0.5), "spiral")
+    with pytest.raises(ValueError, match="device nonsense is not here"):
+        repa_mini.pick_device("nonsense")
+    with pytest.raises(ValueError, match="cannot read"):
+        repa_mini.load_folder(tmp_path / "nowhere")
 
 
 # ---- The commands of the README
