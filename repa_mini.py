@@ -13,6 +13,7 @@ self-supervised encoder says about the *clean* image:
 Run `python repa_mini.py --smoke` (a minute on a CPU, no download) or `python repa_mini.py` (CIFAR-10, one GPU)."""
 
 import argparse
+import colorsys
 import copy
 import math
 import os
@@ -85,8 +86,7 @@ class SiTBlock(nn.Module):
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -138,7 +138,6 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_position_table(hidden_size, self.grid_size)[None], requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
-
         # Xavier for linear layers, std 0.02 for embeddings, zero for modulation and output (adaLN-Zero).
         self.apply(xavier)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
@@ -208,10 +207,11 @@ class TargetEncoder(nn.Module):
                 timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state or {"": None})  # {}: timm would download
             self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
         except Exception as error:  # timm raises many types
-            way_out = "check name and network, give --encoder-weights, or try --smoke"
-            way_out = f"{weights} must hold all of its tensors and nothing else" if weights else way_out
+            way_out = "give exactly its tensors" if weights else "check the network, try --encoder-weights or --smoke"
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise UserError(f"cannot make encoder {name} ({reason}); {way_out}") from error
+            raise UserError(
+                f"cannot make encoder {name} from {weights or 'the network'} ({reason}): {way_out}"
+            ) from error
         self.model.reset_classifier(0)
         self.shape = (grid_size**2, self.embed_dim)  # of one image's tokens
         for key in ("mean", "std"):
@@ -330,6 +330,11 @@ def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, 
 
 
 # ---- 5. Data: every split is one uint8 tensor (N, 3, 32, 32), small enough to live on the device
+SHAPES = dict(disc=(1, 1, 2), square=(0.8, 0.8, 9), diamond=(1.1, 1.1, 1), star=(1.3, 1.3, 0.6))  # widths, exponent
+SHAPES |= dict(wide_disc=(1.2, 0.5, 2), tall_disc=(0.5, 1.2, 2), wide_bar=(1.1, 0.35, 9), tall_bar=(0.35, 1.1, 9))
+SHAPES |= dict(wide_diamond=(1.3, 0.6, 1), tall_diamond=(0.6, 1.3, 1))
+
+
 def to_unit(pixels):  # uint8 -> float in [-1, 1]
     return pixels.float() / 127.5 - 1
 
@@ -339,18 +344,16 @@ def to_pixels(x):  # float in [-1, 1] -> uint8
 
 
 def draw_shapes(n, seed):
-    """n images (uint8) and labels: class k is a flower r = 0.7 + 0.3 cos(k angle) of k petals with the hue k/10.
-    Place, size, shade and background vary, so that no pixel can be learned by heart."""
+    """n images (uint8) and labels: class k is a superellipse |u / a|^p + |v / b|^p = 1, with (a, b, p) from SHAPES and
+    the hue k/10. Place, size, shade and background vary, so that no pixel can be learned by heart."""
     g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     radius, cx, cy, value, saturation, grey = torch.rand(6, n, 1, 1, generator=g)
     axis, radius = torch.arange(32) + 0.5, 7 + 4 * radius  # pixels
-    u, v = (axis - 11 - 10 * cx) / radius, (axis[:, None] - 11 - 10 * cy) / radius
-    inside = 0.7 + 0.3 * torch.cos(labels[:, None, None] * torch.atan2(u, -v)) - (u**2 + v**2).sqrt()
-    mask = (inside * radius + 0.5).clamp(0, 1)[:, None]  # (n, 1, 32, 32), with soft edges
-    # HSV to RGB: channel = value (1 - saturation ramp(hue))
-    k = (torch.tensor([5, 3, 1]) + 0.6 * labels[:, None]) % 6
-    ramp = torch.minimum(k, 4 - k).clamp(0, 1)[:, :, None, None]
-    colour = (0.7 + 0.3 * value[:, None]) * (1 - (0.8 + 0.2 * saturation[:, None]) * ramp)
+    a, b, p = torch.tensor(list(SHAPES.values()))[labels].T[..., None, None]
+    u, v = ((axis - 11 - 10 * cx) / radius / a).abs(), ((axis[:, None] - 11 - 10 * cy) / radius / b).abs()
+    mask = (radius * torch.minimum(a, b) * (1 - (u**p + v**p) ** (1 / p)) + 0.5).clamp(0, 1)[:, None]  # soft edges
+    hue = torch.tensor([colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)])[labels, :, None, None]
+    colour = (0.7 + 0.3 * value[:, None]) * (1 - (0.8 + 0.2 * saturation[:, None]) * (1 - hue))
     pixels = mask * colour + (1 - mask) * 0.4 * grey[:, None]
     return (255 * pixels).round().to(torch.uint8), labels
 
@@ -364,8 +367,7 @@ def load_folder(path):
             with Image.open(path) as image:
                 images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow raises many types
-        hint = "--data takes FOLDER/<class>/<image>, with images in every class and none of them broken"
-        raise UserError(f"cannot read {path} ({error}); {hint}") from error
+        raise UserError(f"cannot read {path} ({error}): --data takes FOLDER/<class>/<image>, all whole") from error
     return images, torch.tensor(listing.targets), listing.classes
 
 
@@ -386,7 +388,7 @@ def load_data(folder=None, smoke=False):
         train = torch.cat([m[max(1, len(m) // 50) :] for m in members])
         return images[train], labels[train], images[val], labels[val], classes
     if smoke:
-        return *draw_shapes(4000, seed=0), *draw_shapes(200, seed=1), [f"{k} petals" for k in range(10)]
+        return *draw_shapes(4000, seed=0), *draw_shapes(200, seed=1), list(SHAPES)
     try:
         train, test = [CIFAR10("data", train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -404,7 +406,7 @@ def pick_device(name=None):
     """The named device, or the first there is of CUDA, MPS and CPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name or best).device
+        return torch.Generator(name or best).device  # needs a device that is there
     except Exception as error:
         raise UserError(f"device {name} is not here ({' '.join(str(error).split())[:80]}); {best} is") from error
 
@@ -471,22 +473,20 @@ def train(args, state=None):
         print("training on a CPU will be slow; --smoke is a run of one minute")
 
     # Encoder, data, model. Pixels, labels and the held-out targets stay on the device.
-    sit = SIT_MODELS[args.model] | dict(class_dropout_prob=args.cfg_prob, z_dim=0, projector_dim=args.projector_dim)
+    sit = SIT_MODELS[args.model] | dict(class_dropout_prob=args.cfg_prob, projector_dim=args.projector_dim)
     sit["encoder_depth"] = args.encoder_depth or sit["encoder_depth"]
-    encoder = cache = val_targets = None
+    encoder = cache = None
     if args.proj_coeff > 0:
         torch.manual_seed(0)
         tiny = TINY_DINOV2 if args.smoke and args.encoder == DEFAULT_ENCODER else {}
         encoder = TargetEncoder(args.encoder, 32 // sit["patch_size"], args.encoder_weights, **tiny).to(device)
-        sit["z_dim"] = encoder.embed_dim
     *data, classes = load_data(args.data, args.smoke)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in data]
     if args.batch_size > len(images):
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
-    nth = math.ceil(len(val_images) / 2000)  # 2,000 held-out images, evenly spread, are judged on
-    val_images, val_labels = val_images[::nth], val_labels[::nth]
+    val_images, val_labels = [x[:: math.ceil(len(x) / 2000)] for x in (val_images, val_labels)]  # 2,000, evenly spread
+    sit |= dict(num_classes=len(classes), z_dim=encoder.embed_dim if encoder else 0)
     torch.manual_seed(args.seed)
-    sit["num_classes"] = len(classes)
     model = SiT(**sit).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=device.type != "mps")
@@ -495,8 +495,7 @@ def train(args, state=None):
         torch._inductor.config.fallback_random = True  # compiled or not, the same labels are dropped
         for module in filter(None, [model, ema, encoder]):
             module.compile()
-    if encoder:
-        val_targets = compute_targets(encoder, val_images)[0]
+    val_targets = compute_targets(encoder, val_images)[0] if encoder else None
     if encoder and args.cache_targets:
         size = 2 * len(images) * 2 * math.prod(encoder.shape) / 1e9  # GB: plain and flipped, two bytes each
         free = 0.7 * torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else 0  # the rest is to train
@@ -506,11 +505,12 @@ def train(args, state=None):
             raise UserError(f"the cached targets ({size:.1f} GB) fit nowhere here; leave out --cache-targets")
         place = device if size <= free else torch.device("cpu")
         cache = compute_targets(encoder, images, (False, True), place)
-
     # Where the run goes, and from where it goes on.
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start, rows, metrics = 0, [], ",".join(COLUMNS) + "\n"
     if state:
+        if classes != state["classes"]:
+            raise UserError(f"the images have the classes {classes}, the checkpoint's had {state['classes']}")
         start, rows, metrics = state["step"], list(state["rows"].to(device)), state["metrics"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -567,7 +567,7 @@ def train(args, state=None):
         # a resumed run draws what an uninterrupted one draws, and a run with REPA what one without draws.
         epoch, i = divmod(step, len(images) // args.batch_size)
         if step == start or i == 0:
-            torch.manual_seed(args.seed * 1_000_003 + epoch)
+            torch.manual_seed(args.seed * 1_000_003 - 1 - epoch)
             order = torch.randperm(len(images), device=device)
         torch.manual_seed(args.seed * 1_000_003 + step)
         index = order[i * args.batch_size : (i + 1) * args.batch_size]

@@ -31,10 +31,9 @@ def load_model(state, device, projector=False, compiled=False):
     weights = {name: p for name, p in state["ema"].items() if projector or not name.startswith("projectors.")}
     model = SiT(**sit)
     model.load_state_dict(weights)
-    model.to(device).eval().requires_grad_(False)
     if compiled:
         model.compile()
-    return model
+    return model.to(device).eval().requires_grad_(False)
 
 
 # ---- Sampling
@@ -57,9 +56,8 @@ def draw_samples(model, args, path_type, device):
                 x = repa_mini.sample_ode(model, noise, y, args.num_steps or 50, args.heun, **options)
             else:
                 g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + int(numbers[0]))
-                x = repa_mini.sample_sde(
-                    model, noise, y, args.num_steps or 250, **options, path_type=path_type, generator=g
-                )
+                options |= dict(path_type=path_type, generator=g)
+                x = repa_mini.sample_sde(model, noise, y, args.num_steps or 250, **options)
         images.append(to_pixels(x).cpu())
     return torch.cat(images), labels
 
@@ -67,17 +65,17 @@ def draw_samples(model, args, path_type, device):
 @torch.no_grad()
 def trajectory(model, args, path_type, device, columns=8):
     """A strip (3, H, W): for a few classes x_t from t = 1 to 0, and below it the clean image that x_t and v predict."""
-    classes = torch.tensor(list(args.classes or range(model.num_classes))[:8], device=device)
-    x = seeded_noise(args.seed, range(len(classes))).to(device).double()
+    y = torch.tensor(list(args.classes or range(model.num_classes))[:8], device=device)
     times = torch.linspace(1, 0, (args.num_steps or 50) + 1, dtype=torch.float64).tolist()
     shown = sorted(set(torch.linspace(0, len(times) - 2, columns - 1).long().tolist()))
+    guidance = args.cfg_scale, args.guidance_low, args.guidance_high
+    x, steps = repa_mini.sampling_steps(model, seeded_noise(args.seed, range(len(y))).to(device), y, times, *guidance)
     noisy, clean = [], []
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        scale = args.cfg_scale if args.guidance_low <= t <= args.guidance_high else 1.0
+    for i, (t, t_next, scale) in enumerate(steps):
         with autocast(device):
-            v = repa_mini.guided_velocity(model, x, t, classes, scale, torch.float32)
+            v = repa_mini.guided_velocity(model, x, t, y, scale, torch.float32)
         if i in shown:
-            alpha, sigma, d_alpha, d_sigma = interpolant(torch.tensor(t, dtype=torch.float64), path_type)
+            alpha, sigma, d_alpha, d_sigma = interpolant(torch.tensor(t, dtype=x.dtype), path_type)
             noisy.append(x)
             clean.append((d_sigma * x - sigma * v) / (alpha * d_sigma - d_alpha * sigma))  # linear path: x - t v
         x = x + (t_next - t) * v
@@ -102,12 +100,13 @@ def load_targets(args, config, grid_size, device):
 def pca_colours(targets, *others):
     """RGB in [0, 1] for tokens (..., D): one basis of three principal components and one scale, fitted on `targets`
     and applied to all, so that equal colours mean equal features. Returns a list, the targets' colours first."""
-    tokens = targets.flatten(0, -2).double()
     torch.manual_seed(0)
+    targets, *others = [x.cpu().double() for x in (targets, *others)]
+    tokens = targets.flatten(0, -2)
     _, _, basis = torch.pca_lowrank(tokens, q=3)  # (D, 3); centres by itself
     projected = (tokens - tokens.mean(0)) @ basis
     low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
-    colours = [((x.double() - tokens.mean(0)) @ basis - low) / (high - low) for x in (targets, *others)]
+    colours = [((x - tokens.mean(0)) @ basis - low) / (high - low) for x in (targets, *others)]
     return [colour.clamp(0, 1).float() for colour in colours]
 
 
@@ -130,7 +129,7 @@ def alignment_picture(model, encoder, images, path_type, times=(0.1, 0.3, 0.5, 0
     rows = [torch.stack([F.interpolate(c.cpu(), cell) for c in row], 1) for row in (tops, colours, cosines)]
     print(f"columns: clean, then t = {', '.join(map(str, times))}; rows, for each of {len(x)} held-out images:")
     print(
-        "  1 the image and x_t; 2 the encoder's tokens, then the projected hidden tokens (equal colour, equal feature)"
+        "  1 the image and x_t; 2 the encoder's tokens, then the projected hidden tokens, equal colour = equal feature"
     )
     print("  3 their cosine, patch by patch: black 0 or less, white 1")
     print("  mean cosine: " + ", ".join(f"{(h * z).sum(-1).mean():.3f} at t = {t}" for h, t in zip(hidden, times)))
@@ -169,31 +168,29 @@ def knn_accuracy(features, labels, topk=10):
 @torch.no_grad()
 def representation_table(model, encoder, images, labels, path_type, topk, times=(0.1, 0.3, 0.5, 0.7, 0.9)):
     """Lines of a CSV: CKNNA with the encoder and accuracy of the neighbours' vote, for each layer (rows) and t.
-
     Features are hidden states and patch tokens, averaged over the patches. The model is given the null label, so that
-    nothing tells it the class (one trained without label dropout has no null label and is given class 0).
-    """
-    pooled = [[[] for _ in model.blocks] for _ in times]
-    targets, state = [], {}
-    for layer, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda _, __, out, layer=layer: state.update({layer: out.mean(1).float().cpu()}))
+    nothing tells it the class (one trained without label dropout has no null label and is given class 0)."""
+    targets, pooled = [], [[[] for _ in times] for _ in model.blocks]
+    outputs = {}  # of the blocks in the last forward pass, filled by hooks
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, _, x: outputs.update({block: x.mean(1).float().cpu()}))
     for batch in tqdm(torch.arange(len(images)).split(100), "hidden states"):
         x = to_unit(images[batch].to(model.pos_embed.device))
         y = torch.full((len(x),), model.num_classes if model.class_dropout_prob else 0, device=x.device)
         noise = seeded_noise(0, batch.tolist()).to(x)
         with autocast(x.device):
             targets.append(encoder(x).mean(1).float().cpu())
-            for features, t in zip(pooled, times):
+            for i, t in enumerate(times):
                 alpha, sigma, _, _ = interpolant(torch.tensor(t), path_type)
                 model(alpha * x + sigma * noise, x.new_full((len(x),), t), y)
-                for layer, out in state.items():
-                    features[layer].append(out)
-    z, accuracy = torch.cat(targets), {}
-    lines = ["layer," + ",".join(f"cknna t={t}" for t in times) + "," + ",".join(f"knn t={t}" for t in times)]
-    for layer in range(len(model.blocks)):
-        features = [torch.cat(pooled[i][layer]) for i in range(len(times))]
+                for layer, block in enumerate(model.blocks):
+                    pooled[layer][i].append(outputs[block])
+    z = torch.cat(targets)
+    lines = [",".join(["layer", *(f"cknna t={t}" for t in times), *(f"knn t={t}" for t in times)])]
+    for layer, batches in enumerate(pooled, start=1):
+        features = [torch.cat(x) for x in batches]
         numbers = [cknna(f, z, topk) for f in features] + [knn_accuracy(f, labels, topk) for f in features]
-        lines.append(f"{layer + 1}," + ",".join(f"{number:.4f}" for number in numbers))
+        lines.append(",".join([str(layer), *(f"{number:.4f}" for number in numbers)]))
     accuracy = knn_accuracy(z, labels, topk)
     print(f"{len(images)} held-out images, {topk} neighbours; the vote on the encoder's own features: {accuracy:.4f}")
     return lines
@@ -249,6 +246,7 @@ def build_parser():
     add("--split", default="val", choices=["val", "train"], help="the images that --fd compares with")
     add("--data", metavar="FOLDER", help="images (default: the training run's)")
     add("--encoder", metavar="NAME", help="a timm model (default: the training run's)")
+    add("--grid-size", type=int, default=16, help="the encoder of --fd sees images of that many patches a side")
     add("--encoder-weights", metavar="FILE", help="its weights (default: the training run's, or timm downloads them)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--no-compile", action="store_true", help="no torch.compile on CUDA")
@@ -257,20 +255,18 @@ def build_parser():
 
 def check_options(args):
     """Every mistake that shows before a file is read. Raises ValueError with a sentence."""
-    for name in ("num_steps", "num_samples", "batch_size"):
+    for name in ("num_steps", "num_samples", "batch_size", "grid_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} will not do: give at least 1")
     if not (0 <= args.guidance_low <= args.guidance_high <= 1 and math.isfinite(args.cfg_scale)):
-        interval = (
-            f"--guidance-low {args.guidance_low} --guidance-high {args.guidance_high} --cfg-scale {args.cfg_scale}"
-        )
-        raise UserError(f"{interval} will not do: give numbers with 0 <= low <= high <= 1")
+        given = f"--cfg-scale {args.cfg_scale} in {args.guidance_low} <= t <= {args.guidance_high}"
+        raise UserError(f"{given} will not do: give a number and 0 <= --guidance-low <= --guidance-high <= 1")
     if args.data and not Path(args.data).is_dir():
         raise UserError(f"--data {args.data} is not a folder: give FOLDER/<class>/<image>")
     if args.output and not args.cknna and Path(args.output).suffix not in (".png", ".jpg"):
         raise UserError(f"--output {args.output} will not do: give a name that ends in .png or .jpg")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} will not do: give 0 or more")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed {args.seed} will not do: give 0 to {2**31 - 1}")
 
 
 def run(args):
@@ -307,7 +303,7 @@ def run(args):
         print("\n".join(lines))
         path.write_text("\n".join(lines) + "\n")
     elif args.fd:
-        encoder, images, val_images, _ = load_targets(args, config, 16 if args.encoder else model.grid_size, device)
+        encoder, images, val_images, _ = load_targets(args, config, args.grid_size, device)
         args.num_samples = args.num_samples or 1000
         real = images if args.split == "train" else val_images
         fake, _ = draw_samples(model, args, config["path_type"], device)
@@ -320,10 +316,9 @@ def run(args):
         images, labels = draw_samples(model, args, config["path_type"], device)
         if args.npz:
             np.savez(args.npz, arr_0=images.permute(0, 2, 3, 1).numpy())
-        if args.save_dir:
+        for i, image in enumerate(tqdm(images, "writing") if args.save_dir else []):
             Path(args.save_dir).mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(tqdm(images, "writing")):
-                save_image(image / 255, Path(args.save_dir, f"{i:06d}.png"))
+            save_image(image / 255, Path(args.save_dir, f"{i:06d}.png"))
         path = Path(args.output or args.npz or args.save_dir or folder / "samples.png")
         if args.output or not (args.npz or args.save_dir):
             order = labels.argsort(stable=True)  # one class a row

@@ -592,8 +592,6 @@ def test_integrating_in_float32_changes_less_than_a_grey_level(monkeypatch):
 
 
 # ---- Data
-
-
 def test_built_in_shapes_have_their_hue_and_never_repeat():
     images, labels = repa_mini.draw_shapes(200, seed=0)
     assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8 and labels.bincount().tolist() == [20] * 10
@@ -605,6 +603,21 @@ def test_built_in_shapes_have_their_hue_and_never_repeat():
     assert ((hue - labels + 5) % 10 - 5).abs().max() < 0.2  # in tenths of the circle
     coloured = (images.max(1).values.int() - images.min(1).values.int() > 40).flatten(1).double()
     assert coloured.mean(1).min() > 0.02 and coloured.mean(0).max() < 0.9  # every image has some; no pixel always
+
+
+def test_built_in_classes_differ_in_shape():
+    images, labels = repa_mini.draw_shapes(400, seed=0)
+    mask = images.max(1).values.int() - images.min(1).values.int() > 40  # coloured, not grey
+    width, height = mask.any(1).double().sum(1), mask.any(2).double().sum(1)
+    fill = mask.double().sum((1, 2)) / (width * height)  # of the bounding box
+    shapes = {
+        name: (width[labels == k].mean() / height[labels == k].mean(), fill[labels == k].mean())
+        for k, name in enumerate(repa_mini.SHAPES)
+    }
+    for name, (ratio, _) in shapes.items():
+        assert ratio > 1.5 if "wide" in name else ratio < 0.7 if "tall" in name else 0.9 < ratio < 1.1
+    fills = [shapes[name][1] for name in ("square", "disc", "diamond", "star")]
+    assert all(a > b + 0.1 for a, b in zip(fills, fills[1:]))
 
 
 def test_pixels_and_unit_interval_are_inverse():
@@ -1412,6 +1425,7 @@ MISTAKES = {
     "--seed -1": "from 0",
     "--device nonsense": "cpu is",
     "--device cuda:99": " is",
+    "--device meta": "cpu is",
     "--encoder nonsense": "timm.list_models()",
     "--encoder vit_tiny_patch16_224.nonsense": "Invalid pretrained tag",
     "--encoder resnet18.a1_in1k --encoder-weights nowhere.pth": ".safetensors or .pth",
@@ -1433,7 +1447,7 @@ def test_a_device_error_of_many_lines_becomes_one_sentence(monkeypatch):
     def no_device(*args, **kwargs):  # what CUDA says of a GPU too many
         raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range\nCompile with ...")
 
-    monkeypatch.setattr(torch, "empty", no_device)
+    monkeypatch.setattr(torch, "Generator", no_device)
     with pytest.raises(ValueError, match="device cuda:7 is not here") as caught:
         repa_mini.pick_device("cuda:7")
     assert "\n" not in str(caught.value)
@@ -1505,7 +1519,7 @@ def test_encoder_weights_that_do_not_fit_are_refused(tmp_path, name, fault):
     else:
         weights = {key: value for key, value in weights.items() if not key.startswith(("head", "classifier"))}
     torch.save(weights, path)
-    with pytest.raises(ValueError, match=f"cannot make encoder {name}.*weights.pth must hold all") as error:
+    with pytest.raises(ValueError, match=f"cannot make encoder {name}.*weights.pth.*give exactly its tensors") as error:
         repa_mini.TargetEncoder(name, grid_size, str(path), **changes)
     assert "\n" not in str(error.value)
 
@@ -1532,7 +1546,7 @@ def test_files_that_are_no_weights_are_refused_and_nothing_in_them_is_executed(t
     torch.save({"patch_embed.proj.weight": torch.zeros(192, 3, 16, 16)}, buffer)
     trap = bad_file(kind, path, buffer.getvalue())
     code = train(tmp_path / "run", "--encoder", "vit_tiny_patch16_224", "--encoder-weights", path)
-    assert f"{path} must hold all of its tensors" in complaint(capsys, code)
+    assert f"{path}" in (sentence := complaint(capsys, code)) and "give exactly its tensors" in sentence
     assert not trap.exists() and not (tmp_path / "run").exists()
 
 
@@ -1549,6 +1563,15 @@ def test_a_run_on_a_folder_of_images_works(tmp_path):
     write_images(tmp_path / "images", ("cat", "dog", "owl"), size=(40, 48))
     assert train(tmp_path / "run", "--max-train-steps", 1, "--data", tmp_path / "images") == 0
     assert repa_mini.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["classes"] == ["cat", "dog", "owl"]
+
+
+def test_resume_refuses_a_folder_whose_classes_have_changed(tmp_path, capsys):
+    write_images(tmp_path / "images", ("cat", "dog"))
+    assert train(tmp_path / "run", "--max-train-steps", 1, "--data", tmp_path / "images") == 0
+    write_images(tmp_path / "images", ("owl",))
+    before = outcome(tmp_path / "run")
+    error = complaint(capsys, resume(tmp_path / "run", "--max-train-steps", 2))
+    assert "['cat', 'dog', 'owl']" in error and "['cat', 'dog']" in error and outcome(tmp_path / "run") == before
 
 
 def test_a_data_folder_must_be_one_of_images_in_classes(tmp_path, capsys):
@@ -1620,14 +1643,14 @@ def test_large_images_are_cropped_before_they_are_shrunk(tmp_path):
 SAMPLE_MISTAKES = {
     "--classes 10": "0 to 9",
     "--classes 3 -1": "0 to 9",
-    "--guidance-low 0.8 --guidance-high 0.2": "low <= high",
+    "--guidance-low 0.8 --guidance-high 0.2": "0 <= --guidance-low <= --guidance-high <= 1",
     "--guidance-low -0.1": "0 <= low",
     "--guidance-high nan": "0 <= low",
     "--cfg-scale nan": "numbers",
     "--num-steps 0": "at least 1",
     "--num-samples 0": "at least 1",
     "--batch-size -1": "at least 1",
-    "--seed -1": "0 or more",
+    "--seed -1": "give 0 to 2147483647",
     "--mode euler": "choose from",
     "--device nonsense": "cpu is",
     "--data nowhere --fd": "FOLDER/<class>/<image>",
@@ -1679,7 +1702,7 @@ def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
     for options, sentence in [
         (dict(cfg_scale=float("nan")), "give a number"),
         (dict(cfg_scale=float("inf")), "give a number"),
-        (dict(guidance_low=0.6, guidance_high=0.4), "low <= high"),
+        (dict(guidance_low=0.6, guidance_high=0.4), "0 <= --guidance-low <= --guidance-high <= 1"),
         (dict(guidance_low=-0.1), "0 <= low"),
         (dict(guidance_high=1.1), "high <= 1"),
         (dict(cfg_scale=2.0, dropout=0), "label dropout"),
