@@ -348,9 +348,9 @@ def draw_shapes(n, seed):
     the hue k/10. Place, size, shade and background vary, so that no pixel can be learned by heart."""
     g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     radius, cx, cy, value, saturation, grey = torch.rand(6, n, 1, 1, generator=g)
-    axis, radius = torch.arange(32) + 0.5, 7 + 4 * radius  # pixels
+    axis, radius = torch.arange(32) + 0.5, 8 + 3 * radius  # pixels
     a, b, p = torch.tensor(list(SHAPES.values()))[labels].T[..., None, None]
-    u, v = ((axis - 11 - 10 * cx) / radius / a).abs(), ((axis[:, None] - 11 - 10 * cy) / radius / b).abs()
+    u, v = ((axis - 13 - 6 * cx) / radius / a).abs(), ((axis[:, None] - 13 - 6 * cy) / radius / b).abs()
     mask = (radius * torch.minimum(a, b) * (1 - (u**p + v**p) ** (1 / p)) + 0.5).clamp(0, 1)[:, None]  # soft edges
     hue = torch.tensor([colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)])[labels, :, None, None]
     colour = (0.7 + 0.3 * value[:, None]) * (1 - (0.8 + 0.2 * saturation[:, None]) * (1 - hue))
@@ -626,8 +626,8 @@ OPTIONS = {  # name: default (or type, where there is none), what is allowed, he
     "resume": (False, None, "go on from --output-dir's checkpoint, with its options"),
 }
 MAY_CHANGE = "max_train_steps log_every eval_every checkpointing_steps num_steps cfg_scale device no_compile".split()
-SMOKE = dict(model="SiT-Ti/4", projector_dim=512, batch_size=16, learning_rate=2e-3, max_train_steps=240, num_steps=20)
-SMOKE |= dict(cfg_scale=2.0, log_every=40, eval_every=240, checkpointing_steps=240, device="cpu")
+SMOKE = dict(model="SiT-Ti/4", projector_dim=512, batch_size=16, learning_rate=2e-3, max_train_steps=200, num_steps=20)
+SMOKE |= dict(cfg_scale=2.0, log_every=40, eval_every=200, checkpointing_steps=200, device="cpu")
 
 
 def check_options(args, config=None):

@@ -839,9 +839,14 @@ def test_grids_and_folders_of_samples(checkpoint, tmp_path, mode):
 
 
 def test_trajectory_ends_in_the_sample_and_predicts_clean_images(checkpoint):
-    assert show(checkpoint, "--trajectory", "--classes", "0", "1", "--num-steps", "8") == 0
-    strip = Image.open(checkpoint.parent / "trajectory.png")
+    options = "--classes 0 1 --num-steps 8 --seed 3".split()
+    assert show(checkpoint, "--trajectory", *options) == 0
+    assert show(checkpoint, "--output", str(checkpoint.parent / "samples.png"), "--num-samples", "2", *options) == 0
+    strip, samples = Image.open(checkpoint.parent / "trajectory.png"), Image.open(checkpoint.parent / "samples.png")
     assert strip.size == (2 + 34 * 8, 2 + 34 * 4)
+    for row, sampled in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        cell = strip.crop((2 + 34 * 7, 2 + 34 * row, 34 * 8, 34 * (row + 1)))
+        assert cell.tobytes() == samples.crop((2, 2 + 34 * sampled, 34, 34 * (sampled + 1))).tobytes()
     # an exact velocity predicts the clean image from any t: v = eps - x
     clean, args = torch.rand(1, 3, 32, 32) - 0.5, sample.build_parser().parse_args(["--ckpt", "x", "--num-steps", "8"])
     field = Field(lambda x, t, y: (x - clean) / t, num_classes=1)
@@ -860,6 +865,33 @@ def test_alignment_picture_and_table_of_a_checkpoint(checkpoint, capsys):
     assert "20 held-out images" in capsys.readouterr().out
     assert show(checkpoint, "--fd", "--num-samples", "12") == 0
     assert "12 samples, 20 val images" in capsys.readouterr().out
+
+
+class Patches(nn.Module):
+    """An encoder whose tokens are the patches themselves, and a model whose only block sees those of x_t."""
+
+    num_classes, class_dropout_prob, grid_size = 10, 0.1, 4
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.pos_embed = nn.ModuleList([nn.Identity()]), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t=None, y=None):
+        tokens = F.unfold(x, 8, stride=8).mT
+        return tokens if t is None else (x, self.blocks[0](tokens))
+
+
+def test_likeness_of_noisy_patches_to_clean_ones_falls_with_the_noise(capsys):
+    images, labels = repa_mini.draw_shapes(60, seed=0)
+    picture = sample.alignment_picture(Patches(), Patches(), images[:2], "linear")
+    cosines = [float(word) for word in re.findall(r"([0-9.]+) at t", capsys.readouterr().out)]
+    assert cosines == sorted(cosines, reverse=True) and cosines[0] > 0.9 and cosines[-1] < 0.3
+    white = picture[:, 2 + 66 * 2 : 66 * 3]  # the third row: the clean column white, then darker and darker
+    means = [white[:, :, 2 + 66 * i : 66 * (i + 1)].mean().item() for i in range(6)]
+    assert means[0] == 1 and means == sorted(means, reverse=True) and close(means[1:4], cosines[:3], 0.1)
+    header, row = sample.representation_table(Patches(), Patches(), images, labels, "linear", 10)
+    cknna = dict(zip(header.split(","), map(float, row.split(","))))
+    assert 0.9 < cknna["cknna t=0.1"] < 0.9999 and cknna["cknna t=0.1"] > cknna["cknna t=0.5"] > cknna["cknna t=0.9"]
 
 
 def test_cknna_works_without_a_projector(tiny_run):
@@ -1644,9 +1676,9 @@ SAMPLE_MISTAKES = {
     "--classes 10": "0 to 9",
     "--classes 3 -1": "0 to 9",
     "--guidance-low 0.8 --guidance-high 0.2": "0 <= --guidance-low <= --guidance-high <= 1",
-    "--guidance-low -0.1": "0 <= low",
-    "--guidance-high nan": "0 <= low",
-    "--cfg-scale nan": "numbers",
+    "--guidance-low -0.1": "0 <= --guidance-low",
+    "--guidance-high nan": "0 <= --guidance-low",
+    "--cfg-scale nan": "give a number",
     "--num-steps 0": "at least 1",
     "--num-samples 0": "at least 1",
     "--batch-size -1": "at least 1",
