@@ -367,7 +367,7 @@ def load_folder(path):
             with Image.open(path) as image:
                 images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow raises many types
-        raise UserError(f"cannot read {path} ({error}): --data takes FOLDER/<class>/<image>, all whole") from error
+        raise UserError(f"cannot read {path} ({error}): --data takes FOLDER/<class>/<image>, none broken") from error
     return images, torch.tensor(listing.targets), listing.classes
 
 
