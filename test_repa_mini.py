@@ -602,7 +602,9 @@ def test_built_in_shapes_have_their_hue_and_never_repeat():
     hue = torch.atan2(up.flatten(1).sum(1), across.flatten(1).sum(1)) / (2 * math.pi) * 10
     assert ((hue - labels + 5) % 10 - 5).abs().max() < 0.2  # in tenths of the circle
     coloured = (images.max(1).values.int() - images.min(1).values.int() > 40).flatten(1).double()
-    assert coloured.mean(1).min() > 0.02 and coloured.mean(0).max() < 0.9  # every image has some; no pixel always
+    assert coloured.mean(1).min() > 0.02  # every image has some colour
+    for k in range(10):  # and no pixel of a class can be learned by heart: in grey levels
+        assert images[labels == k].double().std(0).max(0).values.min() > 15
 
 
 def test_built_in_classes_differ_in_shape():
@@ -1734,7 +1736,7 @@ def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
     for options, sentence in [
         (dict(cfg_scale=float("nan")), "give a number"),
         (dict(cfg_scale=float("inf")), "give a number"),
-        (dict(guidance_low=0.6, guidance_high=0.4), "0 <= --guidance-low <= --guidance-high <= 1"),
+        (dict(guidance_low=0.6, guidance_high=0.4), "0 <= low <= high"),
         (dict(guidance_low=-0.1), "0 <= low"),
         (dict(guidance_high=1.1), "high <= 1"),
         (dict(cfg_scale=2.0, dropout=0), "label dropout"),
