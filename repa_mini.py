@@ -201,22 +201,22 @@ class TargetEncoder(nn.Module):
             else:
                 self.stage = max(i for i, stage in enumerate(probe.feature_info) if stage["reduction"] == 16)
                 self.input_size, self.embed_dim = grid_size * 16, probe.feature_info[self.stage]["num_chs"]
-            # Loaded with its head, then rid of it: with num_classes=0 timm loads non-strictly, keeping random weights.
+            # With the classifier head, which is dropped below: with num_classes=0 timm lets missing tensors pass.
             if weights:
                 state = timm.models.load_state_dict(weights, weights_only=True)
                 timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state or {"": None})  # {}: timm would download
             self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
+            self.model.reset_classifier(0)
+            self.requires_grad_(False).eval()
+            for key in ("mean", "std"):
+                self.register_buffer(key, torch.tensor(probe.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
+            self.shape = (grid_size**2, self.embed_dim)  # of one image's tokens
+            if self(torch.zeros(1, 3, 32, 32))[0].shape != self.shape:  # or an error: input of another size is refused
+                raise ValueError(f"its tokens are not {self.shape}")
         except Exception as error:  # timm raises many types
-            way_out = "give exactly its tensors" if weights else "check the network, try --encoder-weights or --smoke"
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise UserError(
-                f"cannot make encoder {name} from {weights or 'the network'} ({reason}): {way_out}"
-            ) from error
-        self.model.reset_classifier(0)
-        self.shape = (grid_size**2, self.embed_dim)  # of one image's tokens
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
-        self.requires_grad_(False).eval()
+            advice = "give exactly its tensors" if weights else "check network; try another, --encoder-weights, --smoke"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"cannot make encoder {name} from {weights or 'the network'} ({why}): {advice}") from error
 
     def train(self, mode=True):
         return super().train(False)  # frozen: dropout and batch statistics stay in evaluation mode
@@ -268,7 +268,7 @@ def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
 
 # ---- 4. Samplers: from noise at t = 1 to an image at t = 0, in float64 (float32 where a device has none)
 def guided_velocity(model, x, t, y, cfg_scale, dtype):
-    """v_null + scale (v_y - v_null): classifier-free guidance; with scale 1 a single evaluation of the model."""
+    """Classifier-free guidance, v_null + scale (v_y - v_null): x (N, C, H, W), t a number, y (N,); model in `dtype`."""
     x_in, t_in = x.to(dtype), torch.full((len(x),), t, dtype=dtype, device=x.device)
     if cfg_scale == 1:
         return model(x_in, t_in, y)[0].to(x.dtype)
@@ -278,7 +278,7 @@ def guided_velocity(model, x, t, y, cfg_scale, dtype):
 
 
 def sampling_steps(model, noise, y, times, cfg_scale, low, high):
-    """Checks; x(1) in float64 (float32 on MPS, which has none) and a list of (t, t_next, guidance scale)."""
+    """x(1) (N, C, H, W) in float64 (float32 on MPS, which has none); [(t, t_next, scale), ...]. Raises ValueError."""
     if not (0 <= low <= high <= 1 and math.isfinite(cfg_scale)):
         raise UserError(f"guidance {cfg_scale} for {low} <= t <= {high}: give a number, and 0 <= low <= high <= 1")
     if cfg_scale != 1 and getattr(model, "class_dropout_prob", None) == 0:
@@ -363,7 +363,7 @@ def load_folder(path):
     try:
         listing = ImageFolder(path)
         images = torch.empty(len(listing), 3, 32, 32, dtype=torch.uint8)
-        for i, (path, _) in enumerate(tqdm(listing.samples, "loading images")):
+        for i, (path, _) in enumerate(tqdm(listing.samples, "loading images")):  # an error below names the image
             with Image.open(path) as image:
                 images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow raises many types
@@ -524,17 +524,17 @@ def train(args, state=None):
     grid_labels = torch.arange(min(10, len(classes)), device=device).repeat_interleave(10)  # one class a row
     grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     stop, clock, timed = [], None, 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished first
-        signal.signal(number, lambda number, frame: stop.append(number))
-    steps = range(start, max(start, args.max_train_steps) + 1)  # the last of them only does the books
+    for signum in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished first
+        signal.signal(signum, lambda signum, frame: stop.append(signum))
+    steps = range(start, max(start, args.max_train_steps) + 1)  # the last of them only logs, evaluates and saves
     for step in tqdm(steps, "training", initial=start, total=args.max_train_steps):
-        # The books, where they are due. Only then does the host wait for the device, and no clock runs.
+        # Logs, evaluations and checkpoints. Only where one is due does the host wait for the device, and no clock runs.
         last, stopping, row, table = step >= args.max_train_steps, bool(stop), {}, torch.empty(0, 4)
         due = [step > start and (last or step % every == 0) for every in intervals]
         log, judge, save = due[0], due[1], due[2] or stopping or step == 0
         if rows and (log or save or clock is None):
             table = torch.stack(rows).cpu()
-            norms = table[:, 2].isfinite() | scaler.is_enabled()  # which skips steps whose gradients overflow
+            norms = table[:, 2].isfinite() | scaler.is_enabled()  # a GradScaler itself skips steps that overflow
             bad = (~table[:, 3].isfinite() | ~norms).nonzero()
             if len(bad):
                 at, what = step - len(rows) + 1 + bad[0].item(), ", ".join(f"{x:.4g}" for x in table[bad[0, 0], :3])
@@ -558,7 +558,7 @@ def train(args, state=None):
             values = [vars(args), sit, classes, step, table, metrics]
             states = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(folder / "checkpoint.pt", dict(zip(CHECKPOINT, values)) | states)
-        if log or judge or save or clock is None:
+        if log or judge or save or clock is None:  # the first step, in which the model is compiled, is not timed
             clock, timed = time.perf_counter() if step > start else None, 0
         if last or stopping:
             break

@@ -138,8 +138,8 @@ def alignment_picture(model, encoder, images, path_type, times=(0.1, 0.3, 0.5, 0
 
 def cknna(a, b, topk=10):
     """CKNNA of features a (n, da) and b (n, db), row i of both from one image: centred kernel alignment restricted to
-    pairs that are among each other's `topk` nearest neighbours in both (Huh et al. 2024, arXiv 2405.07987; unbiased).
-    1 for equal neighbourhoods, about 0 for unrelated ones. Raises ValueError unless 2 <= topk < n and n > 3."""
+    the pairs (i, j) with j among i's `topk` nearest neighbours in a and in b (Huh et al. 2024, arXiv 2405.07987;
+    unbiased). 1 for equal neighbourhoods, about 0 for unrelated ones. Raises ValueError unless 2 <= topk < n > 3."""
     n = len(a)
     if not 2 <= topk < n or n < 4:
         raise UserError(f"CKNNA of {n} images with {topk} neighbours: give at least 4 images and 2 <= topk < images")
@@ -238,11 +238,12 @@ def build_parser():
     add("--batch-size", type=int, default=100, help="images at a time")
     add("--save-dir", metavar="FOLDER", help="write each image as a PNG of its own")
     add("--npz", metavar="FILE", help="write all images as arr_0, uint8 (N, 32, 32, 3), for ADM's evaluator")
-    add("--trajectory", action="store_true", help="a strip from noise to image")
-    add("--alignment", action="store_true", help="hidden tokens and the encoder's side by side")
-    add("--cknna", action="store_true", help="a table of each layer's likeness to the encoder")
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--trajectory", action="store_true", help="a strip from noise to image, Euler's method")
+    what("--alignment", action="store_true", help="hidden tokens and the encoder's side by side")
+    what("--cknna", action="store_true", help="a table of each layer's likeness to the encoder")
+    what("--fd", action="store_true", help="the Fréchet distance to real images in --encoder's features")
     add("--topk", type=int, default=10, help="neighbours for --cknna")
-    add("--fd", action="store_true", help="the Fréchet distance to real images in --encoder's features")
     add("--split", default="val", choices=["val", "train"], help="the images that --fd compares with")
     add("--data", metavar="FOLDER", help="images (default: the training run's)")
     add("--encoder", metavar="NAME", help="a timm model (default: the training run's)")
@@ -261,6 +262,16 @@ def check_options(args):
     if not (0 <= args.guidance_low <= args.guidance_high <= 1 and math.isfinite(args.cfg_scale)):
         given = f"--cfg-scale {args.cfg_scale} in {args.guidance_low} <= t <= {args.guidance_high}"
         raise UserError(f"{given} will not do: give a number and 0 <= --guidance-low <= --guidance-high <= 1")
+    if args.heun and args.mode == "sde" or args.trajectory and (args.heun or args.mode == "sde"):
+        raise UserError("--heun is for --mode ode, and --trajectory for neither --heun nor --mode sde: leave one out")
+    for name in ("output", "npz"):
+        path = Path(getattr(args, name) or ".")
+        if not path.parent.is_dir():
+            raise UserError(f"--{name} {path} will not do: {path.parent} is no folder: make it, or give another name")
+    if args.npz and Path(args.npz).suffix != ".npz":
+        raise UserError(f"--npz {args.npz} will not do: give a name that ends in .npz")
+    if args.save_dir and Path(args.save_dir).is_file():
+        raise UserError(f"--save-dir {args.save_dir} is a file: give the name of a folder")
     if args.data and not Path(args.data).is_dir():
         raise UserError(f"--data {args.data} is not a folder: give FOLDER/<class>/<image>")
     if args.output and not args.cknna and Path(args.output).suffix not in (".png", ".jpg"):

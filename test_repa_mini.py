@@ -1695,6 +1695,11 @@ SAMPLE_MISTAKES = {
     "--nonsense": "unrecognized arguments",
     "--output nowhere/samples.png": "nowhere/samples.png",
     "--output samples.nonsense": "samples.nonsense",
+    "--npz nowhere/samples.npz": "nowhere is no folder",
+    "--npz samples.png": "ends in .npz",
+    "--trajectory --mode sde": "--trajectory",
+    "--mode sde --heun": "--heun",
+    "--fd --cknna": "not allowed with",
 }
 
 
@@ -1753,6 +1758,13 @@ def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
 def test_sit_refuses_an_encoder_depth_outside_its_blocks(depth):
     with pytest.raises(ValueError, match=rf"encoder depth {depth} is outside 1\.\.12"):
         repa_mini.SiT(encoder_depth=depth)
+
+
+@pytest.mark.parametrize("name", ["levit_128", "vit_tiny_r_s16_p8_224"])
+def test_an_encoder_that_cannot_give_one_token_per_patch_is_refused(name):
+    """The first takes images of one size only, the second's patches are not pixels' but those of a CNN's map."""
+    with pytest.raises(ValueError, match=f"cannot make encoder {name} .*try another"):
+        TargetEncoder(name, 8, pretrained=False)
 
 
 def test_unknown_names_are_refused_with_a_sentence(tmp_path):
