@@ -42,27 +42,25 @@ class UserError(ValueError):
 
 # ---- 1. SiT (Ma et al. 2024, arXiv 2401.08740): a vision transformer conditioned by adaLN-Zero, and REPA's projector
 class TimestepEmbedder(nn.Module):
-    """t (N,) in [0, 1] -> (N, D): 128 cosines and sines, then a two-layer MLP."""
-
     def __init__(self, hidden_size):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
+        """t (N,) in [0, 1] -> (N, D): 128 cosines and sines, then a two-layer MLP."""
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angles = t.float()[:, None] * frequencies  # (N, 128), in float32 as the authors have it
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """y (N,) -> (N, D). In training each label becomes the null label `num_classes` with probability `dropout_prob`."""
-
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y):
+        """y (N,) -> (N, D). In training a label becomes `num_classes`, the null label, with `dropout_prob`."""
         if self.training and self.dropout_prob > 0:
             y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout_prob, self.num_classes, y)
         return self.embedding_table(y)
@@ -73,8 +71,6 @@ def modulate(x, shift, scale):  # x (N, T, D); shift and scale (N, D), the same 
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose shifts, scales and gates come from the condition c; the gates start at zero."""
-
     def __init__(self, hidden_size, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -84,14 +80,13 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
+        """x (N, T, D) -> (N, T, D); shifts, scales and gates are made of the condition c (N, D) and start at zero."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, T, D) -> (N, T, patch_size^2 * channels)."""
-
     def __init__(self, hidden_size, out_features):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -99,6 +94,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
+        """Tokens x (N, T, D), condition c (N, D) -> (N, T, patch_size^2 * channels)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -123,13 +119,13 @@ class SiT(nn.Module):
     """SiT with REPA's projector. Keys and shapes of the state dict are the authors', so checkpoints interchange.
     forward(x (N, C, H, W), t (N,), y (N,)) -> velocity (N, C, H, W), z_tilde (N, T, z_dim), with T patches. z_tilde is
     the hidden state after block `encoder_depth`, projected; with `z_dim=0` there is no projector and z_tilde is None.
-    `num_classes` is also the null label. Raises ValueError for an encoder depth outside 1..depth."""
+    `num_classes` is also the null label. Raises ValueError for an encoder depth or a label dropout that cannot be."""
 
     def __init__(self, input_size=32, patch_size=2, in_channels=3, hidden_size=384, depth=12, num_heads=6,
                  num_classes=10, class_dropout_prob=0.1, encoder_depth=4, z_dim=384, projector_dim=2048):  # fmt: skip
         super().__init__()
-        if not 1 <= encoder_depth <= depth:
-            raise UserError(f"encoder depth {encoder_depth} is outside 1..{depth}, the blocks of this model")
+        if not (1 <= encoder_depth <= depth and 0 <= class_dropout_prob < 1):
+            raise UserError(f"give an encoder depth in 1..{depth}, not {encoder_depth}, and a label dropout in [0, 1)")
         self.in_channels, self.patch_size, self.grid_size = in_channels, patch_size, input_size // patch_size
         self.num_classes, self.class_dropout_prob, self.encoder_depth = num_classes, class_dropout_prob, encoder_depth
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -201,18 +197,16 @@ class TargetEncoder(nn.Module):
             else:
                 self.stage = max(i for i, stage in enumerate(probe.feature_info) if stage["reduction"] == 16)
                 self.input_size, self.embed_dim = grid_size * 16, probe.feature_info[self.stage]["num_chs"]
-            # With the classifier head, which is dropped below: with num_classes=0 timm lets missing tensors pass.
             if weights:
                 state = timm.models.load_state_dict(weights, weights_only=True)
                 timm_kwargs["pretrained_cfg_overlay"] = dict(state_dict=state or {"": None})  # {}: timm would download
             self.model = timm.create_model(name, pretrained=bool(weights) or pretrained, **timm_kwargs)
-            self.model.reset_classifier(0)
+            self.model.reset_classifier(0)  # not before: with num_classes=0 timm lets missing tensors pass
             self.requires_grad_(False).eval()
             for key in ("mean", "std"):
                 self.register_buffer(key, torch.tensor(probe.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
             self.shape = (grid_size**2, self.embed_dim)  # of one image's tokens
-            if self(torch.zeros(1, 3, 32, 32))[0].shape != self.shape:  # or an error: input of another size is refused
-                raise ValueError(f"its tokens are not {self.shape}")
+            self(torch.zeros(1, 3, 32, 32)).view(1, *self.shape)  # fails with an encoder whose input size is fixed
         except Exception as error:  # timm raises many types
             advice = "give exactly its tensors" if weights else "check network; try another, --encoder-weights, --smoke"
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -279,11 +273,12 @@ def guided_velocity(model, x, t, y, cfg_scale, dtype):
 
 def sampling_steps(model, noise, y, times, cfg_scale, low, high):
     """x(1) (N, C, H, W) in float64 (float32 on MPS, which has none); [(t, t_next, scale), ...]. Raises ValueError."""
-    if not (0 <= low <= high <= 1 and math.isfinite(cfg_scale)):
-        raise UserError(f"guidance {cfg_scale} for {low} <= t <= {high}: give a number, and 0 <= low <= high <= 1")
+    if not (len(times) > 1 and 0 <= low <= high <= 1 and math.isfinite(cfg_scale)):
+        given = f"{len(times) - 1} steps, guidance {cfg_scale} for {low} <= t <= {high}"
+        raise UserError(f"{given}: give 1 step or more, a number, and 0 <= low <= high <= 1")
     if cfg_scale != 1 and getattr(model, "class_dropout_prob", None) == 0:
         raise UserError(f"guidance scale {cfg_scale} needs a model trained with label dropout; for this one give 1")
-    if y.min() < 0 or y.max() > model.num_classes:
+    if y.min() < 0 or y.max() >= model.num_classes + (getattr(model, "class_dropout_prob", 1) > 0):  # the null label
         raise UserError(f"classes {y.min()} to {y.max()} were asked for; give 0 to {model.num_classes - 1}")
     scales = [cfg_scale if low <= t <= high else 1.0 for t in times]
     return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64), list(zip(times, times[1:], scales))
@@ -296,7 +291,7 @@ def sample_ode(model, noise, y, num_steps=50, heun=False, cfg_scale=1.0, guidanc
     start at guidance_low <= t <= guidance_high. `model(x, t, y)` returns (velocity, ...). Raises ValueError."""
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     x, steps = sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high)
-    for t, t_next, scale in steps:
+    for t, t_next, scale in tqdm(steps, "sampling", leave=False):
         v = guided_velocity(model, x, t, y, scale, noise.dtype)
         if heun and t_next > 0:  # the last step stays Euler's, as the authors have it
             v = (v + guided_velocity(model, x + (t_next - t) * v, t_next, y, scale, noise.dtype)) / 2
@@ -319,7 +314,7 @@ def sample_sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, 
     without noise to 0. `generator`, on noise's device, makes the noise reproducible."""
     times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
     x, steps = sampling_steps(model, noise, y, times, cfg_scale, guidance_low, guidance_high)
-    for t, t_next, scale in steps:
+    for t, t_next, scale in tqdm(steps, "sampling", leave=False):
         v = guided_velocity(model, x, t, y, scale, noise.dtype)
         w = 2 * t
         x = x + (t_next - t) * (v - w / 2 * score_from_velocity(v, x, t, path_type))
@@ -433,7 +428,7 @@ def compute_targets(encoder, images, flips=(False,), where=None):
 def evaluate(model, images, labels, targets, path_type):
     """Mean velocity loss and mean patch cosine (NaN without targets), with noise and times that never change."""
     g, sums = torch.Generator().manual_seed(0), torch.zeros(2, device=images.device)
-    for i in range(0, len(images), 100):
+    for i in tqdm(range(0, len(images), 100), "evaluating", leave=False):
         x, y, z = to_unit(images[i : i + 100]), labels[i : i + 100], None if targets is None else targets[i : i + 100]
         noise, t = torch.randn(x.shape, generator=g).to(x), torch.rand(len(x), generator=g).to(x)
         with autocast(x.device):
@@ -457,12 +452,16 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """A checkpoint on the CPU; nothing in the file is executed. Raises ValueError with the reason."""
+    state = None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):  # do the weights fit this SiT?
+            SiT(**state["sit"]).load_state_dict(state["ema"], assign=True)
         return {name: state[name] for name in CHECKPOINT}
     except Exception as error:
-        reason = "a checkpoint.pt of repa_mini.py exists, is whole, and holds nothing but tensors and plain values"
-        raise UserError(f"cannot use checkpoint {path} ({type(error).__name__}); {reason}") from error
+        kinds = dict(FileNotFoundError="does not exist", UnpicklingError="is no checkpoint or has code in it")
+        kind = "is of another program or model" if state else kinds.get(type(error).__name__, "is truncated")
+        raise UserError(f"cannot use checkpoint {path}, which {kind}: give a whole one of repa_mini.py") from error
 
 
 def train(args, state=None):
@@ -484,6 +483,10 @@ def train(args, state=None):
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in data]
     if args.batch_size > len(images):
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
+    number = 1 + max([int(n) for p in Path("runs").glob("*") if (n := p.name.split("-")[0]).isdecimal()], default=0)
+    name = f"runs/{number:03d}-{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
+    folder = Path(args.output_dir or name)
+    folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
     val_images, val_labels = [x[:: math.ceil(len(x) / 2000)] for x in (val_images, val_labels)]  # 2,000, evenly spread
     sit |= dict(num_classes=len(classes), z_dim=encoder.embed_dim if encoder else 0)
     torch.manual_seed(args.seed)
@@ -505,7 +508,6 @@ def train(args, state=None):
             raise UserError(f"the cached targets ({size:.1f} GB) fit nowhere here; leave out --cache-targets")
         place = device if size <= free else torch.device("cpu")
         cache = compute_targets(encoder, images, (False, True), place)
-    # Where the run goes, and from where it goes on.
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start, rows, metrics = 0, [], ",".join(COLUMNS) + "\n"
     if state:
@@ -514,11 +516,6 @@ def train(args, state=None):
         start, rows, metrics = state["step"], list(state["rows"].to(device)), state["metrics"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    number = 1 + max([int(path.name[:3]) for path in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
-    name = f"runs/{number:03d}-{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
-    folder = Path(args.output_dir or name)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.csv").write_text(metrics)  # on --resume without the rows past the checkpoint
     print(f"{args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {device}, in {folder}")
     intervals = (args.log_every, args.eval_every, args.checkpointing_steps)
     grid_labels = torch.arange(min(10, len(classes)), device=device).repeat_interleave(10)  # one class a row
@@ -527,17 +524,16 @@ def train(args, state=None):
     for signum in (signal.SIGINT, signal.SIGTERM):  # the step in hand is finished first
         signal.signal(signum, lambda signum, frame: stop.append(signum))
     steps = range(start, max(start, args.max_train_steps) + 1)  # the last of them only logs, evaluates and saves
-    for step in tqdm(steps, "training", initial=start, total=args.max_train_steps):
+    for step in (bar := tqdm(steps, "training", initial=start, total=args.max_train_steps)):
         # Logs, evaluations and checkpoints. Only where one is due does the host wait for the device, and no clock runs.
         last, stopping, row, table = step >= args.max_train_steps, bool(stop), {}, torch.empty(0, 4)
         due = [step > start and (last or step % every == 0) for every in intervals]
         log, judge, save = due[0], due[1], due[2] or stopping or step == 0
         if rows and (log or save or clock is None):
             table = torch.stack(rows).cpu()
-            norms = table[:, 2].isfinite() | scaler.is_enabled()  # a GradScaler itself skips steps that overflow
-            bad = (~table[:, 3].isfinite() | ~norms).nonzero()
-            if len(bad):
-                at, what = step - len(rows) + 1 + bad[0].item(), ", ".join(f"{x:.4g}" for x in table[bad[0, 0], :3])
+            bad = ~table[:, 3].isfinite() | ~(table[:, 2].isfinite() | scaler.is_enabled())  # it skips what overflows
+            if bad.any():
+                at, what = step - len(rows) + 1 + bad.int().argmax(), ", ".join(f"{x:.4g}" for x in table[bad][0, :3])
                 way_out = f"try a smaller --learning-rate; the checkpoint in {folder} is the last good one"
                 raise UserError(f"step {at}: velocity loss, REPA loss, gradient norm are {what}, not finite: {way_out}")
         if log:
@@ -551,13 +547,14 @@ def train(args, state=None):
             save_image(to_pixels(x) / 255, folder / f"samples_{step:07d}.png", nrow=10)
         if row:
             row = {"step": step} | {name: value for name, value in row.items() if not math.isnan(value)}
-            tqdm.write(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+            bar.write(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+            bar.set_postfix({name: row[name] for name in COLUMNS[1:3] + COLUMNS[6:] if name in row})
             metrics += ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
-            (folder / "metrics.csv").write_text(metrics)
         if save:
-            values = [vars(args), sit, classes, step, table, metrics]
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(folder / "checkpoint.pt", dict(zip(CHECKPOINT, values)) | states)
+            values = dict(config=vars(args), sit=sit, classes=classes, step=step, rows=table, metrics=metrics)
+            save_checkpoint(folder / "checkpoint.pt", values | {k: part.state_dict() for k, part in parts.items()})
+        if row or step == start:  # on --resume without the rows past the checkpoint
+            (folder / "metrics.csv").write_text(metrics)
         if log or judge or save or clock is None:  # the first step, in which the model is compiled, is not timed
             clock, timed = time.perf_counter() if step > start else None, 0
         if last or stopping:
@@ -619,13 +616,14 @@ OPTIONS = {  # name: default (or type, where there is none), what is allowed, he
     "checkpointing_steps": (5000, COUNT, "steps between checkpoints, from 1"),
     "num_steps": (50, COUNT, "Euler steps of the sample grids, from 1"),
     "cfg_scale": (1.0, math.isfinite, "guidance scale of the sample grids, a number; 1 is none"),
-    "seed": (0, range(2**31).__contains__, "of weights, batches, noise and times, from 0"),
+    "seed": (0, range(2**31).__contains__, "of weights, batches, noise and times, from 0 to 2^31 - 1"),
     "device": (str, pick_device, "cuda, mps or cpu (default: the first there is; with --smoke cpu)"),
     "no_compile": (False, None, "no torch.compile on CUDA"),
     "output_dir": (str, lambda path: not os.path.isfile(path), "a folder for the run (default: a new one in runs/)"),
     "resume": (False, None, "go on from --output-dir's checkpoint, with its options"),
 }
-MAY_CHANGE = "max_train_steps log_every eval_every checkpointing_steps num_steps cfg_scale device no_compile".split()
+MAY_CHANGE = "output_dir resume device no_compile max_train_steps log_every eval_every checkpointing_steps".split()
+MAY_CHANGE += ["num_steps", "cfg_scale"]
 SMOKE = dict(model="SiT-Ti/4", projector_dim=512, batch_size=16, learning_rate=2e-3, max_train_steps=200, num_steps=20)
 SMOKE |= dict(cfg_scale=2.0, log_every=40, eval_every=200, checkpointing_steps=200, device="cpu")
 
@@ -636,16 +634,18 @@ def check_options(args, config=None):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if allowed and value is not None and not allowed(value):
             raise UserError(f"{option} {value} will not do: it is {sentence}")
-        if config and name not in (*MAY_CHANGE, "output_dir", "resume") and value != config.get(name):
-            raise UserError(f"{option} {value} contradicts the checkpoint, which has {config.get(name)}")
-    depth, holds_run = SIT_MODELS[args.model]["depth"], Path(args.output_dir or "", "checkpoint.pt").exists()
-    if (args.encoder_depth or 1) > depth:
+    wrong = [name for name in config or () if name not in MAY_CHANGE and getattr(args, name) != config[name]]
+    if wrong:
+        given = ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)} (not {config[n]})" for n in wrong)
+        raise UserError(f"{given} contradicts the checkpoint: leave it out, or start another run")
+    ours = [Path(args.output_dir or os.devnull, name) for name in ("checkpoint.pt", "metrics.csv")]
+    if (args.encoder_depth or 1) > (depth := SIT_MODELS[args.model]["depth"]):
         raise UserError(f"--encoder-depth {args.encoder_depth} is beyond {args.model}: give 1 to {depth}")
     if args.cfg_prob == 0 and args.cfg_scale != 1:
-        raise UserError(f"--cfg-scale {args.cfg_scale} needs label dropout: with --cfg-prob 0 give 1")
+        raise UserError(f"--cfg-scale {args.cfg_scale} needs label dropout: with --cfg-prob 0 give --cfg-scale 1")
     if args.resume and not args.output_dir:
         raise UserError("--resume needs --output-dir, the folder of the run to go on with")
-    if args.output_dir and holds_run and not args.resume:
+    if any(path.exists() for path in ours) and not args.resume:
         raise UserError(f"--output-dir {args.output_dir} already holds a run: add --resume, or give another folder")
 
 
@@ -655,22 +655,22 @@ def main(argv=None):
     for name, (default, _, sentence) in OPTIONS.items():
         how = dict(type=default) if isinstance(default, type) else dict(type=type(default), default=default)
         how = dict(action="store_true") if default is False else how
-        parser.add_argument("--" + name.replace("_", "-"), help=sentence, **how)
+        parser.add_argument("--" + name.replace("_", "-"), help=sentence + " [%(default)s]" * ("default" in how), **how)
     try:
         args = parser.parse_args(argv)
         parser.set_defaults(**SMOKE if args.smoke else {})
-        if args.resume:
-            check_options(args)
+        if args.resume and args.output_dir:
             state = load_checkpoint(Path(args.output_dir, "checkpoint.pt"))
             parser.set_defaults(**state["config"])
         args = parser.parse_args(argv)
         check_options(args, state and state["config"])
         return train(args, state)
     except (UserError, OSError) as error:
-        print(f"repa_mini: {error}", file=sys.stderr)
+        advice = ": make room, or give another folder" if isinstance(error, OSError) else ""
+        print(f"repa_mini: {error}{advice}", file=sys.stderr)
         return 2
-    except SystemExit as stop:  # argparse has printed its sentence, or the help
-        return stop.code
+    except (KeyboardInterrupt, SystemExit) as stop:  # before the first step; argparse has printed its sentence or help
+        return getattr(stop, "code", 130)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -71,7 +71,7 @@ def trajectory(model, args, path_type, device, columns=8):
     guidance = args.cfg_scale, args.guidance_low, args.guidance_high
     x, steps = repa_mini.sampling_steps(model, seeded_noise(args.seed, range(len(y))).to(device), y, times, *guidance)
     noisy, clean = [], []
-    for i, (t, t_next, scale) in enumerate(steps):
+    for i, (t, t_next, scale) in enumerate(tqdm(steps, "sampling")):
         with autocast(device):
             v = repa_mini.guided_velocity(model, x, t, y, scale, torch.float32)
         if i in shown:
@@ -201,6 +201,8 @@ def frechet_distance(a, b):
     """|mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^(1/2)) for features a (n, D), b (m, D), in float64; n < D is fine.
     The trace of the root is that of the symmetric (Ca^(1/2) Cb Ca^(1/2))^(1/2), whose eigenvalues are real."""
     a, b = a.double(), b.double()
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"the Fréchet distance of {len(a)} and {len(b)} images: give at least 2 of each")
     cov_a, cov_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt()  # root @ root.T = Ca
@@ -256,28 +258,21 @@ def build_parser():
 
 def check_options(args):
     """Every mistake that shows before a file is read. Raises ValueError with a sentence."""
-    for name in ("num_steps", "num_samples", "batch_size", "grid_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} will not do: give at least 1")
+    checks = {name: repa_mini.OPTIONS[name][1:] for name in ("seed", "data", "encoder", "encoder_weights", "device")}
+    checks |= {name: (repa_mini.COUNT, "a number from 1") for name in ("num_steps", "num_samples", "batch_size")}
+    checks["grid_size"] = range(1, 129).__contains__, "a number of patches a side, 1 to 128"
+    checks["save_dir"] = lambda path: not Path(path).is_file(), "a folder"
+    for name, endings in dict(npz=[".npz"], output=[".csv"] if args.cknna else [".png", ".jpg"]).items():
+        fits = lambda path, endings=endings: Path(path).suffix in endings and Path(path).parent.is_dir()  # noqa: E731
+        checks[name] = fits, f"a {' or '.join(endings)} in a folder that is there"
+    for name, (allowed, sentence) in checks.items():
+        if getattr(args, name) is not None and not allowed(getattr(args, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} will not do: it is {sentence}")
     if not (0 <= args.guidance_low <= args.guidance_high <= 1 and math.isfinite(args.cfg_scale)):
         given = f"--cfg-scale {args.cfg_scale} in {args.guidance_low} <= t <= {args.guidance_high}"
         raise UserError(f"{given} will not do: give a number and 0 <= --guidance-low <= --guidance-high <= 1")
     if args.heun and args.mode == "sde" or args.trajectory and (args.heun or args.mode == "sde"):
         raise UserError("--heun is for --mode ode, and --trajectory for neither --heun nor --mode sde: leave one out")
-    for name in ("output", "npz"):
-        path = Path(getattr(args, name) or ".")
-        if not path.parent.is_dir():
-            raise UserError(f"--{name} {path} will not do: {path.parent} is no folder: make it, or give another name")
-    if args.npz and Path(args.npz).suffix != ".npz":
-        raise UserError(f"--npz {args.npz} will not do: give a name that ends in .npz")
-    if args.save_dir and Path(args.save_dir).is_file():
-        raise UserError(f"--save-dir {args.save_dir} is a file: give the name of a folder")
-    if args.data and not Path(args.data).is_dir():
-        raise UserError(f"--data {args.data} is not a folder: give FOLDER/<class>/<image>")
-    if args.output and not args.cknna and Path(args.output).suffix not in (".png", ".jpg"):
-        raise UserError(f"--output {args.output} will not do: give a name that ends in .png or .jpg")
-    if not 0 <= args.seed < 2**31:
-        raise UserError(f"--seed {args.seed} will not do: give 0 to {2**31 - 1}")
 
 
 def run(args):
@@ -303,7 +298,7 @@ def run(args):
         encoder, _, images, _ = load_targets(args, config, model.grid_size, device)
         if encoder.embed_dim != state["sit"]["z_dim"]:
             raise UserError(f"the run was aligned with {config['encoder']}: its projector does not fit {args.encoder}")
-        path, n = Path(args.output or folder / "alignment.png"), args.num_samples or 4
+        path, n = Path(args.output or folder / "alignment.png"), min(args.num_samples or 4, len(images))
         some = torch.linspace(0, len(images) - 1, n).long()
         save_image(alignment_picture(model, encoder, images[some].to(device), config["path_type"]), path)
     elif args.cknna:
@@ -322,6 +317,8 @@ def run(args):
         name = args.encoder or config["encoder"]
         print(f"Fréchet distance {distance:.4g}: {len(fake)} samples, {len(real)} {args.split} images, {name}")
         print("compare only equal numbers and encoders; the encoder that REPA was trained towards flatters REPA")
+        if name == repa_mini.DEFAULT_ENCODER and config["smoke"]:
+            print("the built-in encoder's weights are random, so this number says nothing: give --encoder")
         return 0
     else:
         images, labels = draw_samples(model, args, config["path_type"], device)
@@ -339,14 +336,15 @@ def run(args):
 
 
 def main(argv=None):
-    """Returns the exit code: 0, or 2 after a mistake of the user's."""
+    """Returns the exit code: 0, 2 after a mistake of the user's, or 130 when stopped."""
     try:
         return run(build_parser().parse_args(argv))
     except (UserError, OSError) as error:
-        print(f"sample: {error}", file=sys.stderr)
+        advice = ": make room, or give another folder" if isinstance(error, OSError) else ""
+        print(f"sample: {error}{advice}", file=sys.stderr)
         return 2
-    except SystemExit as stop:  # argparse has printed its sentence, or the help
-        return stop.code
+    except (KeyboardInterrupt, SystemExit) as stop:  # argparse has printed its sentence, or the help
+        return getattr(stop, "code", 130)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ tokens from facebookresearch/dinov2 (b8931f7) with REPA's preprocessing, CKNNA f
 
 import contextlib
 import csv
+import functools
 import io
 import math
 import multiprocessing
@@ -961,11 +962,15 @@ OPTIONS = f"{OPTIONS} --log-every 2 --eval-every 3 --checkpointing-steps 2".spli
 draw_shapes = repa_mini.draw_shapes
 
 
-def silent(iterable, *args, **kwargs):  # tqdm without its bar, so that stderr holds nothing but complaints
-    return iterable
+class silent:  # tqdm without its bar, so that stderr holds nothing but complaints
+    def __init__(self, iterable, *args, **kwargs):
+        self.iterable, self.write = iterable, print
 
+    def __iter__(self):
+        return iter(self.iterable)
 
-silent.write = print
+    def set_postfix(self, values):
+        assert all(isinstance(value, float) for value in values.values())
 
 
 @contextlib.contextmanager
@@ -1224,6 +1229,30 @@ def test_a_full_disk_leaves_the_previous_checkpoint_untouched(checkpoint_at_4, f
     assert outcome(folder) == outcome(finished)
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "samples_0000006.png"])
+def test_a_full_disk_met_elsewhere_is_answered_too(checkpoint_at_4, finished, capsys, name):
+    folder, before = checkpoint_at_4
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/full")
+    error = complaint(capsys, resume(folder))
+    assert "No space left on device" in error and "make room" in error
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (folder / name).unlink()
+    assert resume(folder) == 0
+    assert outcome(folder) == outcome(finished)
+
+
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, monkeypatch, finished, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(repa_mini, "load_data", interrupted)
+    assert train(tmp_path / "run") == 130 and not (tmp_path / "run").exists()
+    monkeypatch.setattr(sample, "draw_samples", interrupted)
+    assert run(sample.main, "--ckpt", finished / "checkpoint.pt", "--device", "cpu") == 130
+    assert capsys.readouterr().err == ""
+
+
 # ---- Out of numbers
 def not_finite(what, at, monkeypatch):
     """From training step `at` on the velocity loss, the REPA loss, or nothing but the gradient is not finite."""
@@ -1276,6 +1305,23 @@ def test_a_stop_does_not_save_numbers_that_are_not_finite(checkpoint_at_4, monke
 
 
 # ---- Half precision
+def test_under_fp16_a_step_that_overflows_is_skipped_and_does_not_end_the_run(tmp_path, monkeypatch):
+    """As on a GPU without bf16; the CPU's autocast stands in. The first scale is far too large, the second is 2^10."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-50)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(repa_mini, "autocast", lambda device: torch.autocast(device.type, torch.float16))
+    assert train(tmp_path / "whole") == 0
+    state = repa_mini.load_checkpoint(tmp_path / "whole" / "checkpoint.pt")
+    assert state["scaler"]["scale"] == 2.0**10 and state["optimizer"]["state"][1]["step"] == 5  # of 6
+    assert all(p.isfinite().all() for p in state["model"].values())
+    assert all(float(row["velocity_loss"] or 0) < 2 for row in table(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        every_step(patch, lambda n: n == 1 and os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path / "run") == 143
+    assert resume(tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("length", [1e-6, 1e-3, 1.0, 250.0, 6e4])
 def test_the_repa_loss_of_half_precision_tokens_of_any_length_is_exact(dtype, length):
@@ -1343,6 +1389,10 @@ def bad_file(kind, path, whole):
         torch.save(dict(model={}, ema={}, opt={}, steps=1), path)
     elif kind == "a list":
         torch.save([1, 2, 3], path)
+    elif kind == "another model":  # the projector is not of this file's shape
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        state["ema"]["projectors.0.0.weight"] = torch.zeros(3, 3)
+        torch.save(state, path)
     elif kind == "code in a pickle":
         path.write_bytes(pickle.dumps(Trap(trap), protocol=2))
         pickle.loads(path.read_bytes()).close()  # the trap works
@@ -1355,15 +1405,18 @@ def bad_file(kind, path, whole):
 
 
 BAD = ["truncated", "missing its end", "empty", "text", "another dict", "a list", "code in a pickle", "code in a zip"]
+WHICH = dict.fromkeys(["another dict", "a list", "another model"], "is of another program or model")
+WHICH |= dict.fromkeys(["text", "code in a pickle", "code in a zip"], "is no checkpoint or has code in it")
+WHICH["absent"] = "does not exist"
 
 
-@pytest.mark.parametrize("kind", [*BAD, "absent"])
+@pytest.mark.parametrize("kind", [*BAD, "another model", "absent"])
 def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_is_executed(tmp_path, finished, capsys, kind):
     path = tmp_path / "checkpoint.pt"
     trap = bad_file(kind, path, (finished / "checkpoint.pt").read_bytes())
     for use in (lambda: resume(tmp_path), lambda: run(sample.main, "--ckpt", path)):
         error = complaint(capsys, use())
-        assert f"cannot use checkpoint {path}" in error and "whole" in error
+        assert f"cannot use checkpoint {path}, which {WHICH.get(kind, 'is truncated')}: " in error
     with pytest.raises(ValueError, match="cannot use checkpoint"):
         repa_mini.load_checkpoint(path)
     assert not trap.exists()
@@ -1381,6 +1434,10 @@ def test_without_an_output_folder_every_run_gets_a_fresh_one_and_says_which(tmp_
         assert name in capsys.readouterr().out
         assert repa_mini.load_checkpoint(Path(name, "checkpoint.pt"))["step"] == 1
     assert sorted(str(path) for path in Path("runs").iterdir()) == ["runs/002-kept", *names]
+    Path("runs/999-last").mkdir()
+    for name in ("runs/1000-SiT-Ti-8-repa", "runs/1001-SiT-Ti-8-repa"):
+        assert run(repa_mini.main, *OPTIONS, "--max-train-steps", 1) == 0
+        assert f"in {name}\n" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):
@@ -1388,6 +1445,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):
     error = complaint(capsys, train(finished))
     assert str(finished) in error and "--resume" in error
     assert outcome(finished) == before
+
+
+def test_a_metrics_csv_that_is_already_there_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("mine")
+    assert "already holds a run" in complaint(capsys, train(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    assert (tmp_path / "metrics.csv").read_text() == "mine"
 
 
 def test_an_output_folder_that_is_a_file_or_lies_in_one_is_refused(tmp_path, capsys):
@@ -1412,8 +1476,15 @@ def test_resume_refuses_what_contradicts_the_checkpoint_and_names_it(finished, c
     error = complaint(capsys, resume(finished, *options.split(), "--max-train-steps", 8))
     option, *value = options.split()
     has = repa_mini.load_checkpoint(finished / "checkpoint.pt")["config"][option[2:].replace("-", "_")]
-    assert f"{option} {value[0] if value else True} contradicts the checkpoint, which has {has}" in error
+    assert f"{option} {value[0] if value else True} (not {has}) contradicts the checkpoint" in error
     assert outcome(finished) == before
+
+
+def test_resume_names_every_option_that_contradicts(finished, capsys):
+    error = complaint(capsys, resume(finished, *"--seed 1 --batch-size 5 --encoder-depth 13".split()))
+    assert (
+        "--seed 1 (not 0)" in error and "--batch-size 5 (not 4)" in error and "--encoder-depth 13 (not None)" in error
+    )
 
 
 def test_resume_may_change_length_intervals_device_and_the_look_of_the_samples(tmp_path):
@@ -1681,13 +1752,16 @@ SAMPLE_MISTAKES = {
     "--guidance-low -0.1": "0 <= --guidance-low",
     "--guidance-high nan": "0 <= --guidance-low",
     "--cfg-scale nan": "give a number",
-    "--num-steps 0": "at least 1",
-    "--num-samples 0": "at least 1",
-    "--batch-size -1": "at least 1",
-    "--seed -1": "give 0 to 2147483647",
+    "--num-steps 0": "from 1",
+    "--num-samples 0": "from 1",
+    "--batch-size -1": "from 1",
+    "--seed -1": "from 0 to 2^31 - 1",
     "--mode euler": "choose from",
     "--device nonsense": "cpu is",
-    "--data nowhere --fd": "FOLDER/<class>/<image>",
+    "--data nowhere --fd": "a folder of <class>/<image>",
+    "--encoder-weights nowhere.pth --fd": ".safetensors or .pth",
+    "--fd --num-samples 1": "at least 2 of each",
+    "--grid-size 1000": "1 to 128",
     "--encoder nonsense --alignment": "nonsense",
     "--cknna --topk 1": "topk",
     "--cknna --topk 20": "topk",
@@ -1695,8 +1769,8 @@ SAMPLE_MISTAKES = {
     "--nonsense": "unrecognized arguments",
     "--output nowhere/samples.png": "nowhere/samples.png",
     "--output samples.nonsense": "samples.nonsense",
-    "--npz nowhere/samples.npz": "nowhere is no folder",
-    "--npz samples.png": "ends in .npz",
+    "--npz nowhere/samples.npz": "a .npz in a folder that is there",
+    "--npz samples.png": "a .npz in a folder that is there",
     "--trajectory --mode sde": "--trajectory",
     "--mode sde --heun": "--heun",
     "--fd --cknna": "not allowed with",
@@ -1706,7 +1780,7 @@ SAMPLE_MISTAKES = {
 @pytest.mark.parametrize("mistake", SAMPLE_MISTAKES)
 def test_a_mistake_in_sampling_is_answered_with_one_sentence(tmp_path, monkeypatch, finished, capsys, mistake):
     monkeypatch.chdir(tmp_path)
-    argv = f"--output a.png --num-steps 1 --device cpu {mistake}".split()
+    argv = f"--output a.{'csv' if '--cknna' in mistake else 'png'} --num-steps 1 --device cpu {mistake}".split()
     assert SAMPLE_MISTAKES[mistake] in complaint(capsys, run(sample.main, "--ckpt", finished / "checkpoint.pt", *argv))
     assert not list(tmp_path.iterdir())
 
@@ -1730,22 +1804,24 @@ class Still(nn.Module):
         return torch.zeros_like(x), None
 
 
-def draw(classes=(3,), dropout=0.1, sampler=repa_mini.sample_ode, **options):
+def draw(classes=(3,), dropout=0.1, sampler=repa_mini.sample_ode, num_steps=2, **options):
     model = Still()
     model.class_dropout_prob = dropout
-    return sampler(model, torch.zeros(len(classes), 3, 4, 4), torch.tensor(classes), 2, **options)
+    return sampler(model, torch.zeros(len(classes), 3, 4, 4), torch.tensor(classes), num_steps, **options)
 
 
 @pytest.mark.parametrize("sampler", [repa_mini.sample_ode, repa_mini.sample_sde])
 def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
     for options, sentence in [
-        (dict(cfg_scale=float("nan")), "give a number"),
-        (dict(cfg_scale=float("inf")), "give a number"),
+        (dict(num_steps=0), "1 step or more"),
+        (dict(cfg_scale=float("nan")), "a number"),
+        (dict(cfg_scale=float("inf")), "a number"),
         (dict(guidance_low=0.6, guidance_high=0.4), "0 <= low <= high"),
         (dict(guidance_low=-0.1), "0 <= low"),
         (dict(guidance_high=1.1), "high <= 1"),
         (dict(cfg_scale=2.0, dropout=0), "label dropout"),
         (dict(classes=(3, 11)), "give 0 to 9"),
+        (dict(classes=(3, 10), dropout=0), "give 0 to 9"),  # which has no null label
         (dict(classes=(-1, 3)), "give 0 to 9"),
     ]:
         with pytest.raises(ValueError, match=sentence):
@@ -1756,8 +1832,14 @@ def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
 
 @pytest.mark.parametrize("depth", [0, 13, -1])
 def test_sit_refuses_an_encoder_depth_outside_its_blocks(depth):
-    with pytest.raises(ValueError, match=rf"encoder depth {depth} is outside 1\.\.12"):
+    with pytest.raises(ValueError, match=rf"encoder depth in 1\.\.12, not {depth}"):
         repa_mini.SiT(encoder_depth=depth)
+
+
+@pytest.mark.parametrize("probability", [1.0, -0.5, math.nan])
+def test_sit_refuses_a_label_dropout_that_is_no_probability_below_one(probability):
+    with pytest.raises(ValueError, match=r"label dropout in \[0, 1\)"):
+        repa_mini.SiT(class_dropout_prob=probability)
 
 
 @pytest.mark.parametrize("name", ["levit_128", "vit_tiny_r_s16_p8_224"])
