@@ -503,7 +503,7 @@ def train(args, state=None):
         size = 2 * len(images) * 2 * math.prod(encoder.shape) / 1e9  # GB: plain and flipped, two bytes each
         free = 0.7 * torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else 0  # the rest is to train
         ram = 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-        print(f"--cache-targets takes {size:.1f} GB; the GPU has {free:.0f} and the RAM {ram:.0f} to spare")
+        print(f"--cache-targets takes {size:.1f} GB; of the GPU it may fill {free:.0f}, of the RAM {ram:.0f}")
         if size > max(free, ram):
             raise UserError(f"the cached targets ({size:.1f} GB) fit nowhere here; leave out --cache-targets")
         place = device if size <= free else torch.device("cpu")

@@ -1077,6 +1077,18 @@ def checkpoint_at_4(tmp_path):
     return folder, (folder / "checkpoint.pt").read_bytes()
 
 
+def test_cached_targets_that_fit_nowhere_are_refused_with_their_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)  # a computer with a byte of memory
+    huge = torch.zeros(1, dtype=torch.uint8).expand(50_000, 3, 32, 32)  # as many images as CIFAR-10 has
+    few = repa_mini.draw_shapes(20, seed=0)
+    labels = torch.zeros(1, dtype=torch.long).expand(50_000)
+    monkeypatch.setattr(repa_mini, "load_data", lambda *args: (huge, labels, *few, [*"0123456789"]))
+    monkeypatch.setitem(repa_mini.TINY_DINOV2, "embed_dim", 384)
+    assert train(tmp_path / "run", "--model", "SiT-S/4", "--cache-targets") == 2
+    output, error = capsys.readouterr()
+    assert "--cache-targets takes 4.9 GB" in output and "leave out --cache-targets" in error
+
+
 # ---- Killed
 LONG = "--max-train-steps 40 --log-every 3 --eval-every 8 --checkpointing-steps 1".split()
 
@@ -1627,6 +1639,14 @@ def test_encoder_weights_that_do_not_fit_are_refused(tmp_path, name, fault):
     with pytest.raises(ValueError, match=f"cannot make encoder {name}.*weights.pth.*give exactly its tensors") as error:
         repa_mini.TargetEncoder(name, grid_size, str(path), **changes)
     assert "\n" not in str(error.value)
+
+
+def test_the_dinov2_authors_own_file_has_a_mask_token_and_fits(tmp_path):
+    name = "vit_small_patch14_dinov2.lvd142m"
+    weights = random_weights(name, **SMALL)
+    torch.save({**weights, "mask_token": torch.zeros(1, 24)}, tmp_path / "dinov2.pth")
+    encoder = repa_mini.TargetEncoder(name, 37, str(tmp_path / "dinov2.pth"), **SMALL)
+    assert bits(encoder.model.state_dict()) == bits(weights)
 
 
 def test_the_command_line_takes_encoder_weights_that_fit_and_no_others(tmp_path, capsys):
