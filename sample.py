@@ -281,11 +281,10 @@ def run(args):
     torch.set_float32_matmul_precision("high")
     state = repa_mini.load_checkpoint(args.ckpt)
     config, folder = state["config"], Path(args.ckpt).parent
-    wrong = [k for k in args.classes or [] if not 0 <= k < state["sit"]["num_classes"]]
-    if wrong:
-        raise UserError(f"--classes {wrong[0]} is beyond the model: give 0 to {state['sit']['num_classes'] - 1}")
-    if args.cfg_scale != 1 and not state["sit"]["class_dropout_prob"]:
-        raise UserError(f"--cfg-scale {args.cfg_scale} needs a model trained with label dropout: for this one give 1")
+    if max(args.classes or [0]) >= state["sit"]["num_classes"]:
+        raise UserError(
+            f"--classes {max(args.classes)} is beyond the model: give 0 to {state['sit']['num_classes'] - 1}"
+        )
     if args.alignment and not state["sit"]["z_dim"]:
         raise UserError(f"{args.ckpt} is a vanilla run, which has no projector to show: try --cknna")
     compiled = device.type == "cuda" and not args.no_compile and not args.cknna
