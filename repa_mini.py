@@ -471,7 +471,7 @@ def train(args, state=None):
     if device.type == "cpu" and not args.smoke:
         print("training on a CPU will be slow; --smoke is a run of one minute")
 
-    # Encoder, data, model. Pixels, labels and the held-out targets stay on the device.
+    # Encoder, data, folder of the run, model. Pixels, labels and the held-out targets stay on the device.
     sit = SIT_MODELS[args.model] | dict(class_dropout_prob=args.cfg_prob, projector_dim=args.projector_dim)
     sit["encoder_depth"] = args.encoder_depth or sit["encoder_depth"]
     encoder = cache = None
@@ -487,7 +487,7 @@ def train(args, state=None):
     name = f"runs/{number:03d}-{args.model.replace('/', '-')}-{'repa' if args.proj_coeff else 'vanilla'}"
     folder = Path(args.output_dir or name)
     folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
-    val_images, val_labels = [x[:: math.ceil(len(x) / 2000)] for x in (val_images, val_labels)]  # 2,000, evenly spread
+    val_images, val_labels = [x[:: math.ceil(len(x) / 2000)] for x in (val_images, val_labels)]  # at most 2,000
     sit |= dict(num_classes=len(classes), z_dim=encoder.embed_dim if encoder else 0)
     torch.manual_seed(args.seed)
     model = SiT(**sit).to(device).train()
