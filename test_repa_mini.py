@@ -302,6 +302,23 @@ def test_float32_losses_and_gradients_are_those_of_float64(path_type):
         assert (single - exact).norm() <= 2e-5 * exact.norm()
 
 
+def test_model_and_encoder_compile_to_one_graph_each_and_keep_their_keys():
+    """As on CUDA, but only the tracing, which with fullgraph fails at whatever would break the graph."""
+    model, encoder = random_sit().train(), encoder_like()
+    x, noise, t, y, z = batch()
+
+    def numbers():
+        torch.manual_seed(0)  # of the dropped labels
+        return [*training_losses(model, x, noise, t, y, z), encoder(x).mean()]
+
+    keys, plain = list(model.state_dict()), torch.stack(numbers())
+    for module in (model, encoder):
+        module.compile(fullgraph=True, backend="eager")
+    assert list(model.state_dict()) == keys
+    assert close(torch.stack(numbers()).detach(), plain.detach(), 1e-6)
+    assert sample_ode(model.eval(), noise, y, 2, cfg_scale=2.0, guidance_high=0.5).isfinite().all()
+
+
 # ---- Targets
 
 
