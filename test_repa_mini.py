@@ -1484,7 +1484,8 @@ def test_a_metrics_csv_that_is_already_there_is_not_overwritten(tmp_path, capsys
     assert (tmp_path / "metrics.csv").read_text() == "mine"
 
 
-def test_an_output_folder_that_is_a_file_or_lies_in_one_is_refused(tmp_path, capsys):
+def test_an_output_folder_that_is_a_file_or_lies_in_one_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(repa_mini, "compute_targets", None)  # before the long part begins
     (tmp_path / "file").write_text("mine")
     assert str(tmp_path / "file") in complaint(capsys, train(tmp_path / "file"))
     assert str(tmp_path / "file") in complaint(capsys, train(tmp_path / "file" / "run"))
@@ -1826,6 +1827,13 @@ def test_a_mistake_in_sampling_is_answered_with_one_sentence(tmp_path, monkeypat
 @pytest.mark.parametrize("mistake, sentence", [("--cfg-scale 2", "label dropout"), ("--alignment", "vanilla run")])
 def test_a_vanilla_run_without_label_dropout_has_neither_guidance_nor_alignment(vanilla, capsys, mistake, sentence):
     assert sentence in complaint(capsys, run(sample.main, "--ckpt", vanilla / "checkpoint.pt", *mistake.split()))
+
+
+def test_alignment_shows_no_more_images_than_there_are(tmp_path, finished):
+    picture = tmp_path / "alignment.png"
+    argv = ["--alignment", "--num-samples", 10**12, "--output", picture, "--device", "cpu"]
+    assert run(sample.main, "--ckpt", finished / "checkpoint.pt", *argv) == 0
+    assert Image.open(picture).size == (6 * 66 + 2, 20 * 3 * 66 + 2)  # the 20 that are held out
 
 
 def test_sampling_needs_a_checkpoint(capsys):
