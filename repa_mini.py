@@ -60,7 +60,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y):
-        """y (N,) -> (N, D). In training a label becomes `num_classes`, the null label, with `dropout_prob`."""
+        """y (N,) -> (N, D). In training y becomes the null label `num_classes` with probability `dropout_prob`."""
         if self.training and self.dropout_prob > 0:
             y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout_prob, self.num_classes, y)
         return self.embedding_table(y)
@@ -125,7 +125,9 @@ class SiT(nn.Module):
                  num_classes=10, class_dropout_prob=0.1, encoder_depth=4, z_dim=384, projector_dim=2048):  # fmt: skip
         super().__init__()
         if not (1 <= encoder_depth <= depth and 0 <= class_dropout_prob < 1):
-            raise UserError(f"give an encoder depth in 1..{depth}, not {encoder_depth}, and a label dropout in [0, 1)")
+            raise UserError(
+                f"encoder depth {encoder_depth}, label dropout {class_dropout_prob}: give 1 to {depth}, and [0, 1)"
+            )
         self.in_channels, self.patch_size, self.grid_size = in_channels, patch_size, input_size // patch_size
         self.num_classes, self.class_dropout_prob, self.encoder_depth = num_classes, class_dropout_prob, encoder_depth
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -531,7 +533,7 @@ def train(args, state=None):
         log, judge, save = due[0], due[1], due[2] or stopping or step == 0
         if rows and (log or save or clock is None):
             table = torch.stack(rows).cpu()
-            bad = ~table[:, 3].isfinite() | ~(table[:, 2].isfinite() | scaler.is_enabled())  # it skips what overflows
+            bad = ~table[:, 3].isfinite() | ~(table[:, 2].isfinite() | scaler.is_enabled())  # a scaler skips overflows
             if bad.any():
                 at, what = step - len(rows) + 1 + bad.int().argmax(), ", ".join(f"{x:.4g}" for x in table[bad][0, :3])
                 way_out = f"try a smaller --learning-rate; the checkpoint in {folder} is the last good one"
