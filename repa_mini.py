@@ -125,9 +125,7 @@ class SiT(nn.Module):
                  num_classes=10, class_dropout_prob=0.1, encoder_depth=4, z_dim=384, projector_dim=2048):  # fmt: skip
         super().__init__()
         if not (1 <= encoder_depth <= depth and 0 <= class_dropout_prob < 1):
-            raise UserError(
-                f"encoder depth {encoder_depth}, label dropout {class_dropout_prob}: give 1 to {depth}, and [0, 1)"
-            )
+            raise UserError(f"depth {encoder_depth} not in 1..{depth} or dropout {class_dropout_prob} not in [0, 1)")
         self.in_channels, self.patch_size, self.grid_size = in_channels, patch_size, input_size // patch_size
         self.num_classes, self.class_dropout_prob, self.encoder_depth = num_classes, class_dropout_prob, encoder_depth
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)

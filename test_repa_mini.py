@@ -1878,13 +1878,13 @@ def test_the_samplers_refuse_guidance_and_classes_that_make_no_sense(sampler):
 
 @pytest.mark.parametrize("depth", [0, 13, -1])
 def test_sit_refuses_an_encoder_depth_outside_its_blocks(depth):
-    with pytest.raises(ValueError, match=f"encoder depth {depth}, .*give 1 to 12"):
+    with pytest.raises(ValueError, match=rf"depth {depth} not in 1\.\.12"):
         repa_mini.SiT(encoder_depth=depth)
 
 
 @pytest.mark.parametrize("probability", [1.0, -0.5, math.nan])
 def test_sit_refuses_a_label_dropout_that_is_no_probability_below_one(probability):
-    with pytest.raises(ValueError, match=rf"label dropout {probability}: .*\[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"dropout {probability} not in \[0, 1\)"):
         repa_mini.SiT(class_dropout_prob=probability)
 
 
