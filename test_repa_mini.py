@@ -951,6 +951,9 @@ def test_knn_accuracy_of_separate_and_of_random_features():
     g = torch.Generator().manual_seed(0)
     assert sample.knn_accuracy(F.one_hot(labels, 5) + 0.01 * torch.randn(100, 5, generator=g), labels) == 1
     assert sample.knn_accuracy(torch.randn(100, 5, generator=g), labels) < 0.4
+    # Pairs of neighbours of different classes: nobody votes for themselves, so the nearest one is always wrong.
+    pairs = torch.eye(50, dtype=torch.float64).repeat_interleave(2, dim=0)
+    assert sample.knn_accuracy(pairs, torch.arange(100) % 2, topk=1) == 0
 
 
 def test_frechet_distance_is_the_closed_form_and_zero_for_equal_sets():
