@@ -35,6 +35,7 @@ import repa_mini
 import sample
 from repa_mini import SIT_MODELS, SiT, TargetEncoder, interpolant, repa_loss, sample_ode, sample_sde, training_losses
 
+torch.set_num_threads(1)  # as quick for small models, also on a busy machine; child processes, too, get the same bits
 HERE = Path(__file__).parent
 TINY = dict(hidden_size=48, depth=3, num_heads=3, patch_size=8, encoder_depth=2, projector_dim=32, z_dim=20)
 DINO = "vit_small_patch14_dinov2"
@@ -995,18 +996,14 @@ class silent:  # tqdm without its bar, so that stderr holds nothing but complain
 
 @contextlib.contextmanager
 def tiny():
-    """A SiT-Ti/8 of two blocks, 40 training and 20 held-out shapes, no progress bars, and one thread, as in the child
-    processes (the number of threads may change the last bit)."""
-    threads = torch.get_num_threads()
+    """A SiT-Ti/8 of two blocks, 40 training and 20 held-out shapes, and no progress bars."""
     with pytest.MonkeyPatch.context() as patch:
         sizes = dict(hidden_size=16, depth=2, num_heads=2, encoder_depth=1, patch_size=8)
         patch.setitem(repa_mini.SIT_MODELS, "SiT-Ti/8", sizes)
         patch.setattr(repa_mini, "draw_shapes", lambda n, seed: draw_shapes({4000: 40, 200: 20}[n], seed))
         patch.setattr(repa_mini, "tqdm", silent)
         patch.setattr(sample, "tqdm", silent)
-        torch.set_num_threads(1)
         yield
-    torch.set_num_threads(threads)
 
 
 def run(main, *argv):
