@@ -211,7 +211,7 @@ def real_images(args, state, split="val"):
         name = dict(train="train", val="test")[split]
         return repa_mini.load_split(ImageFolder(Path(folder, name), loader=repa_mini.read_image))
     images, labels, val_images, val_labels, _ = repa_mini.load_data(folder, smoke)
-    return (images, labels) if split == "train" else (val_images, val_labels)
+    return dict(train=(images, labels), val=(val_images, val_labels))[split]
 
 
 def evenly(n, total):
@@ -254,9 +254,10 @@ def alignment_picture(model, encoder, images, path_type, cell=64):
     x, grid = to_unit(images), model.grid_size
     noisy = [noisy_images(x, t, range(len(x)), path_type) for t in TIMES]
     y = no_label(model, len(x))
-    z = encoder(x)
+    z = F.normalize(encoder(x), dim=-1)  # directions are aligned, not lengths
     hidden = [model(x_t, x.new_full((len(x),), t), y)[1] for x_t, t in zip(noisy, TIMES)]
-    cosines = [F.cosine_similarity(h, z, dim=-1) for h in hidden]  # each (N, T)
+    hidden = [F.normalize(h, dim=-1) for h in hidden]
+    cosines = [(h * z).sum(dim=-1) for h in hidden]  # each (N, T)
     colours = [c.mT.unflatten(2, (grid, grid)) for c in pca_colours(z, *hidden)]
     greys = [torch.ones_like(cosines[0]), *cosines]
     greys = [c.clamp(0, 1).reshape(-1, 1, grid, grid).expand(-1, 3, -1, -1) for c in greys]
