@@ -12,7 +12,7 @@ the velocity of a path from data to noise, and pulls an early hidden state of it
 
 y is the class, y* = encoder(x) the target, h_t the hidden state, h_phi the projector. To run it:
 `python repa_mini.py --smoke` (a minute on a CPU) or `python repa_mini.py` (CIFAR-10, one GPU).
-"Section" is the paper's. sample.py imports this file, and uses what seems unused here."""
+"(Section ...)" is the paper's. sample.py imports this file, and uses what seems unused here."""
 
 import argparse
 import copy
@@ -125,7 +125,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         label_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
         self.y_embedder = nn.ModuleDict({"embedding_table": label_table})  # the authors' key
-        # From timm's (sine, cosine) x (row, column) x D/4 to (column, row) x (sine, cosine) x D/4.
+        # timm has (sine, cosine) x (row, column) x D/4, the authors axes first, and columns first.
         table = build_sincos2d_pos_embed([self.grid_size, self.grid_size], hidden_size)
         table = table.unflatten(1, (2, 2, -1)).flip(2).transpose(1, 2).reshape(1, -1, hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, T, D)
@@ -215,8 +215,8 @@ class TargetEncoder(nn.Module):
         with torch.device("meta"):  # a look at the architecture, without memory or weights
             probe = load_timm(name, pretrained=False, **kwargs)
         is_vit = hasattr(probe, "num_prefix_tokens")
-        layers = getattr(probe, "feature_info", [])  # the blocks of a ViT, the stages of a CNN
-        stride = layers[-1]["reduction"] if is_vit else 16  # pixels a token
+        layers = getattr(probe, "feature_info", [])  # of each block of a ViT, or stage of a CNN
+        stride = layers[-1]["reduction"] if is_vit else 16  # pixels a token, along a side
         fitting = [i for i, layer in enumerate(layers) if layer["reduction"] == stride]
         if not fitting:
             raise UserError(f"encoder {name} has no feature map at stride 16: try another")
@@ -386,7 +386,7 @@ def load_data(folder=None, smoke=False):
 
 
 # ---- 6. Training
-USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # sample.py has two
+USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # of random numbers
 
 
 def generator(device, use, seed, number=0):
@@ -396,8 +396,8 @@ def generator(device, use, seed, number=0):
 
 
 def draw_batch(images, labels, step, null_label, args):
-    """All that is random in a training step, from the seed and the step alone: a resumed run sees
-    what an uninterrupted one sees, and a run with REPA what one without sees.
+    """All that is random in a training step, from the seed and the step alone: a resumed run gets
+    the batches of an uninterrupted one, and a run with REPA those of a run without.
     Returns x (N, 3, 32, 32) in [-1, 1], noise like x, t (N,) in [0, 1], labels y (N,) of which some
     are dropped, index (N,) of the images, and flip (N,), True where an image is mirrored. An epoch
     shows every image once, but for a last batch that is not full."""
@@ -449,7 +449,7 @@ def compute_targets(encoder, images, precision):
     try:
         targets = torch.empty(shape, dtype=torch.float16, device=images.device)
     except RuntimeError as error:
-        size = f"{2e-9 * math.prod(shape):.1f} GB of targets"
+        size = f"{2e-9 * math.prod(shape):.1f} GB of targets"  # two bytes a number
         raise UserError(f"no room for {size}: leave out --cache-targets") from error
     for i in tqdm(range(0, len(images), 100), "computing targets"):
         with precision:
@@ -472,9 +472,8 @@ def evaluate(model, images, labels, targets, path_type, precision):
 
 
 def means(history, scaled):
-    """{name: mean} of {name: [numbers of the steps since the last row]}. The host waits here.
-    Raises ValueError for what is not finite. With a scaler (`scaled`) a step whose gradients
-    overflowed was skipped: only its loss must be finite, the rest is left out."""
+    """{name: mean} of {name: [numbers of the steps since the last row]}. All must be finite, or it
+    raises ValueError; with a GradScaler (`scaled`), which skips some steps, only the loss must."""
     result = {}
     for name, values in history.items():
         values = torch.stack(values).cpu()
@@ -534,7 +533,7 @@ def train(args, state):
     if state and data != state["data"]:
         raise UserError(f"the checkpoint was trained on {state['data']}, here are {data}")
     every = math.ceil(len(val_images) / 1000)  # at most 1,000 are looked at, in one batch
-    held_out = [val_images[::every], val_labels[::every]]
+    held_out = [val_images[::every], val_labels[::every]]  # and, below, their targets
 
     # The model, its moving average, the optimizer, and how far they have come.
     torch.manual_seed(args.seed)
@@ -544,14 +543,13 @@ def train(args, state):
     model = SiT(**sit).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = AdamW(model.parameters(), args.learning_rate, weight_decay=0, fused=True)
-    scaled = precision.fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.fast_dtype == torch.float16)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start, rows = state.get("step", 0), state.get("rows", [])
     for name, part in parts.items():
         if state.get(name):  # a scaler that was off has no state
             part.load_state_dict(state[name])
-    state.clear()  # run() holds it, too, and it would stay in memory
+    state.clear()  # or the caller's name would keep it in memory for the whole run
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{args.model} on {device}, {len(images)} images, in {folder}")
@@ -590,12 +588,14 @@ def train(args, state):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        if z is None:  # no REPA in this step: the projector stays. torch.compile gives it gradients
-            model.projectors.zero_grad()  # of 0, with which AdamW would go on; None stops it
+        # Without REPA the projector must stand still. torch.compile gives it gradients of 0, with
+        # which AdamW's momentum would still move it; zero_grad sets them to None: AdamW skips it.
+        if z is None:
+            model.projectors.zero_grad()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        decay = min(0.9999, (1 + step) / (10 + step))  # small at first, to forget the start
+        decay = min(0.9999, (1 + step) / (10 + step))  # ema <- decay ema + (1 - decay) model
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
         logged.update(loss=loss, grad_norm=grad_norm)
         for name, value in logged.items():
@@ -606,7 +606,7 @@ def train(args, state):
         last = done == args.max_train_steps
         save = last or done % args.checkpointing_steps == 0
         if save or done % args.log_every == 0:
-            row.update(means(history, scaled))  # raises before anything that is not finite is saved
+            row.update(means(history, scaler.is_enabled()))  # nothing that is not finite is saved
             history.clear()
         if last or done % args.eval_every == 0:
             row.update(evaluate(ema, *held_out, args.path_type, precision))
@@ -626,8 +626,8 @@ def train(args, state):
 # ---- 7. Command line
 SMOKE = dict(model="SiT-Ti/4", encoder="test_vit", projector_dim=512, batch_size=16, device="cpu")
 SMOKE.update(learning_rate=2e-3, max_train_steps=200, log_every=40)
-MAY_CHANGE = {"resume", "output_dir", "data", "encoder_weights", "device", "dtype", "compile"}
-MAY_CHANGE |= {"max_train_steps", "log_every", "eval_every", "checkpointing_steps"}  # on --resume
+FREE_ON_RESUME = {"resume", "output_dir", "data", "encoder_weights", "device", "dtype", "compile"}
+FREE_ON_RESUME |= {"max_train_steps", "log_every", "eval_every", "checkpointing_steps"}
 
 
 def count(text):  # for argparse
@@ -676,14 +676,14 @@ def build_parser():
 def run(argv):
     """Parse and train. With --resume the checkpoint's options are the defaults."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # to see whether there is --smoke or --resume
     if args.smoke:
         parser.set_defaults(**SMOKE)
     state = load_checkpoint(Path(args.resume, "checkpoint.pt")) if args.resume else {}
     config = state.get("config", {})
     parser.set_defaults(**config)
     args = parser.parse_args(argv)  # once more, with the new defaults
-    other = {name for name in config if getattr(args, name) != config[name]} - MAY_CHANGE
+    other = {name for name in config if getattr(args, name) != config[name]} - FREE_ON_RESUME
     if other:
         raise UserError(f"the checkpoint had another {', '.join(sorted(other))}: leave it out")
     args.encoder_depth = args.encoder_depth or SIT_MODELS[args.model]["encoder_depth"]

@@ -1,5 +1,4 @@
 """Statements about the method and the program, checked: the method first, then a run, then faults.
-
 Reference numbers come from the methods' own code, on weights and inputs of `wave` and `fill`:
 SiT, loss, interpolant and samplers from the REPA authors' repository (sihyun-yu/REPA, commit
 67f7145), the DINOv2 tokens from facebookresearch/dinov2 (b8931f7) with REPA's preprocessing, CKNNA
@@ -1162,20 +1161,22 @@ def test_frechet_distance_is_the_closed_form_and_zero_for_equal_sets():
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_the_frechet_distance_is_appended_to_a_table(trained, photos, tmp_path, split):
     path = tmp_path / "fd.csv"
-    options = f"--fd --num-samples 6 --split {split} --grid-size 6 --cfg-scale 2 --output {path}"
+    folder = photos if split == "val" else photos / "train"  # that has no splits of its own
+    options = f"--fd --num-samples 6 --split {split} --grid-size 6 --cfg-scale 2 --data {folder}"
+    options += f" --output {path}"
     fake = samples_of(trained, tmp_path / "s.npz", options)
     assert show(trained, *options.split(), "--seed", 1, "--heun", "--num-steps", 3)[0] == 0
     with open(path, newline="") as file:
         first, second = csv.DictReader(file)
     encoder = TargetEncoder("test_vit", 6, pretrained=False)
-    real = repa_mini.load_data(photos)[2 if split == "val" else 0]
+    real = repa_mini.load_data(folder)[2 if split == "val" else 0]
     a, b = [encoder.model(encoder.preprocess(repa_mini.to_unit(images))) for images in (fake, real)]
     distance = float(first.pop("distance"))
     assert distance == pytest.approx(sample.frechet_distance(a, b), rel=1e-3)
     expected = dict(step="40", encoder="test_vit", samples="6", images=str(len(real)), split=split)
     expected.update(sampler="ode", steps="2", guidance="2.0 in 0.0 to 1.0", seed="0")
     assert first == expected
-    assert (second["sampler"], second["steps"], second["seed"]) == ("heun", "3", "1")
+    assert [second[name] for name in ("sampler", "steps", "seed")] == ["heun", "3", "1"]
 
 
 SAMPLE_MISTAKES = {
