@@ -118,8 +118,7 @@ class SiT(nn.Module):
         super().__init__()
         if not (1 <= encoder_depth <= depth and 0 <= class_dropout_prob < 1):
             raise UserError(f"give a block from 1 to {depth}, and a label dropout in [0, 1)")
-        self.in_channels, self.patch_size = in_channels, patch_size
-        self.grid_size = input_size // patch_size
+        self.patch_size, self.grid_size = patch_size, input_size // patch_size
         self.num_classes, self.encoder_depth = num_classes, encoder_depth
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -150,9 +149,10 @@ class SiT(nn.Module):
             self.projectors.append(projector.apply(xavier))
 
     def unpatchify(self, tokens):  # (N, T, p*p*C) -> (N, C, H, W)
-        g, p, c = self.grid_size, self.patch_size, self.in_channels
-        x = tokens.unflatten(1, (g, g)).unflatten(3, (p, p, c))  # (N, row, column, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, g * p, g * p)
+        g, p = self.grid_size, self.patch_size
+        x = tokens.unflatten(1, (g, g)).unflatten(3, (p, p, -1))  # (N, row, column, p, p, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C, row, p, column, p)
+        return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)

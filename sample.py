@@ -158,7 +158,8 @@ def trajectory(model, noise, y, times, args, path_type):
     """Euler's method, step by step: x_t, and the clean image that x_t and its velocity predict.
     noise: x(1), (N, 3, 32, 32); y: (N,); times: T numbers from 1 to 0. Both are (T, N, 3, 32, 32).
     x_t = alpha x + sigma eps and v = alpha' x + sigma' eps, solved for x; linear: x_t - t v."""
-    x, noisy, clean = noise, [], []
+    x = noise
+    noisy, clean = [], []
     for t, t_next in zip(times, times[1:]):
         scale = args.cfg_scale if args.guidance_low <= t <= args.guidance_high else 1
         with args.precision:
