@@ -98,8 +98,8 @@ class SiT(nn.Module):
     """SiT with REPA's projector. Keys and shapes of the state dict are the authors'.
     forward(x (N, C, H, W), t (N,), y (N,)) -> velocity (N, C, H, W), z_tilde (N, T, z_dim), with T
     patches. z_tilde is h_phi(h_t), the projected hidden state after block `encoder_depth`, or None
-    if `z_dim` is 0. `num_classes` is also the null label. Nothing is random in here once it is
-    built. Raises ValueError for an encoder depth or a label dropout that cannot be."""
+    if `z_dim` is 0. `num_classes` is also the null label, no class. Nothing in here is random once
+    it is built. Raises ValueError for an encoder depth or a label dropout that cannot be."""
 
     def __init__(
         self,
@@ -386,7 +386,7 @@ def load_data(folder=None, smoke=False):
 
 
 # ---- 6. Training
-USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # of random numbers
+USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # two in sample.py
 
 
 def generator(device, use, seed, number=0):
@@ -504,7 +504,7 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, mmap=False):
     """A checkpoint, on the CPU; nothing in the file is executed. Raises ValueError or OSError."""
-    open(path, "rb").close()  # its errors say more about a folder or a locked file
+    open(path, "rb").close()  # raises if there is no such file, or a folder, or no permission
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch, zip and pickle raise many types
@@ -533,7 +533,8 @@ def train(args, state):
     if state and data != state["data"]:
         raise UserError(f"the checkpoint was trained on {state['data']}, here are {data}")
     every = math.ceil(len(val_images) / 1000)  # at most 1,000 are looked at, in one batch
-    held_out = [val_images[::every], val_labels[::every]]  # and, below, their targets
+    held_out = [val_images[::every], val_labels[::every]]
+    held_out.append(compute_targets(encoder, held_out[0], precision) if encoder else None)
 
     # The model, its moving average, the optimizer, and how far they have come.
     torch.manual_seed(args.seed)
@@ -555,7 +556,6 @@ def train(args, state):
     print(f"{args.model} on {device}, {len(images)} images, in {folder}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         compile_in_place([m for m in (model, ema, encoder) if m], device)
-    held_out.append(compute_targets(encoder, held_out[0], precision) if encoder else None)
     if encoder and args.cache_targets:
         cached = compute_targets(encoder, images, precision)
         cached_flipped = compute_targets(encoder, images.flip(-1), precision)
@@ -595,7 +595,7 @@ def train(args, state):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        decay = min(0.9999, (1 + step) / (10 + step))  # ema <- decay ema + (1 - decay) model
+        decay = min(0.9999, (1 + step) / (10 + step))  # grows, to forget the start
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
         logged.update(loss=loss, grad_norm=grad_norm)
         for name, value in logged.items():
@@ -625,7 +625,7 @@ def train(args, state):
 
 # ---- 7. Command line
 SMOKE = dict(model="SiT-Ti/4", encoder="test_vit", projector_dim=512, batch_size=16, device="cpu")
-SMOKE.update(learning_rate=2e-3, max_train_steps=200, log_every=40)
+SMOKE.update(learning_rate=2e-3, max_train_steps=200, log_every=40)  # test_vit: timm's tiny ViT
 FREE_ON_RESUME = {"resume", "output_dir", "data", "encoder_weights", "device", "dtype", "compile"}
 FREE_ON_RESUME |= {"max_train_steps", "log_every", "eval_every", "checkpointing_steps"}
 
@@ -699,8 +699,8 @@ def run(argv):
         raise
 
 
-def main(argv=None, program=run):  # sample.py has another program
-    """Returns the exit code: 0, 2 after a mistake of the user's (it is told), 130 after Ctrl-C."""
+def main(argv=None, program=run):
+    """Exit code of a program (sample.py has its own): 0, 2 after a user's mistake, 130 stopped."""
     try:
         program(argv)
         return 0
