@@ -17,6 +17,7 @@ y is the class, y* = encoder(x) the target, h_t the hidden state, h_phi the proj
 import argparse
 import copy
 import csv
+import io
 import math
 import random
 import sys
@@ -318,7 +319,6 @@ def sample_ode(
 
 
 # ---- 5. Data: a split is one uint8 tensor (N, 3, 32, 32), small enough to live on the device
-# The built-in classes: regular polygons of so many corners, turned by so many degrees.
 POLYGONS = [(3, 0), (3, 180), (4, 0), (4, 45), (5, 0), (5, 180), (6, 0), (6, 30), (8, 0), (40, 0)]
 
 
@@ -331,11 +331,11 @@ def to_pixels(x):  # float in [-1, 1] -> uint8
 
 
 def draw_shapes(n, seed):
-    """n images (n, 3, 32, 32) uint8 and labels (n,): class k is polygon k, in the hue k/10.
+    """n images (n, 3, 32, 32) uint8 and labels (n,): class k is POLYGONS[k] in the hue k/10.
     Place, size, shade and background vary, so that no pixel can be learned by heart."""
     rng = random.Random(seed)
     images, labels = [], torch.arange(n) % len(POLYGONS)
-    for label in labels.tolist():
+    for label in labels.tolist():  # a polygon is so many corners, turned by so many degrees
         circle = (rng.uniform(48, 80), rng.uniform(48, 80), rng.uniform(34, 46))  # centre, radius
         colour = f"hsv({36 * label}, {rng.uniform(80, 100)}%, {rng.uniform(70, 100)}%)"
         image = Image.new("RGB", (128, 128), f"hsv(0, 0%, {rng.uniform(0, 40)}%)")
@@ -392,7 +392,7 @@ USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # t
 def generator(device, use, seed, number=0):
     """Random numbers for one use; no two (use, number) of a run share a seed."""
     seed = (10_000_019 * seed + number) * len(USES) + USES.index(use)
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed % 2**63)
 
 
 def draw_batch(images, labels, step, null_label, args):
@@ -496,9 +496,9 @@ def write_metrics(path, rows):
 
 def save_checkpoint(path, state):
     """Write to a temporary file, rename: `path` always holds one complete checkpoint."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
+    buffer, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(state, buffer)  # straight into a file it hides what a full disk or Ctrl-C raises
+    part.write_bytes(buffer.getbuffer())
     part.replace(path)
 
 
@@ -537,7 +537,7 @@ def train(args, state):
     held_out.append(compute_targets(encoder, held_out[0], precision) if encoder else None)
 
     # The model, its moving average, the optimizer, and how far they have come.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     sit = dict(SIT_MODELS[args.model], num_classes=len(classes), class_dropout_prob=args.cfg_prob)
     sit.update(encoder_depth=args.encoder_depth, projector_dim=args.projector_dim)
     sit["z_dim"] = encoder.embed_dim if encoder else 0
@@ -552,7 +552,7 @@ def train(args, state):
             part.load_state_dict(state[name])
     state.clear()  # or the caller's name would keep it in memory for the whole run
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=bool(args.resume))
     print(f"{args.model} on {device}, {len(images)} images, in {folder}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         compile_in_place([m for m in (model, ema, encoder) if m], device)
