@@ -233,16 +233,17 @@ def no_label(model, n):
 
 
 def pca_colours(targets, *others):
-    """RGB in [0, 1] for tokens (..., D): equal colours mean equal features.
+    """RGB in [0, 1] for tokens (..., D): equal directions have equal colours.
     The basis, three principal components, and the scale are fitted on `targets` and applied to all.
     Returns a list, the targets' colours first."""
     torch.manual_seed(0)  # pca_lowrank is a randomised algorithm
-    tokens = targets.cpu().double().flatten(0, -2)
+    unit = [F.normalize(x.cpu().double(), dim=-1) for x in (targets, *others)]
+    tokens = unit[0].flatten(0, -2)
     mean = tokens.mean(0)
     _, _, basis = torch.pca_lowrank(tokens, q=3)  # (D, 3); it centres by itself
     projected = (tokens - mean) @ basis
     low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
-    projected = [(x.cpu().double() - mean) @ basis for x in (targets, *others)]
+    projected = [(x - mean) @ basis for x in unit]
     return [((p - low) / (high - low)).clamp(0, 1).float() for p in projected]
 
 
@@ -255,10 +256,9 @@ def alignment_picture(model, encoder, images, path_type, cell=64):
     x, grid = to_unit(images), model.grid_size
     noisy = [noisy_images(x, t, range(len(x)), path_type) for t in TIMES]
     y = no_label(model, len(x))
-    z = F.normalize(encoder(x), dim=-1)  # directions are aligned, not lengths
+    z = encoder(x)
     hidden = [model(x_t, x.new_full((len(x),), t), y)[1] for x_t, t in zip(noisy, TIMES)]
-    hidden = [F.normalize(h, dim=-1) for h in hidden]
-    cosines = [(h * z).sum(dim=-1) for h in hidden]  # each (N, T)
+    cosines = [F.cosine_similarity(h, z, dim=-1) for h in hidden]  # each (N, T)
     colours = [c.mT.unflatten(2, (grid, grid)) for c in pca_colours(z, *hidden)]
     greys = [torch.ones_like(cosines[0]), *cosines]
     greys = [c.clamp(0, 1).reshape(-1, 1, grid, grid).expand(-1, 3, -1, -1) for c in greys]

@@ -1090,10 +1090,10 @@ def test_the_alignment_picture_shows_tokens_and_their_cosines(trained, photos, t
         assert close(greys.flatten(), cosine[0].clamp(0, 1), 0.01)
 
 
-def test_equal_features_have_equal_colours():
+def test_equal_directions_have_equal_colours():
     torch.manual_seed(0)
-    targets = torch.randn(2, 16, 12) * 2.0 ** -torch.arange(12)  # with clear principal components
-    colours = sample.pca_colours(targets, targets.clone(), targets.flip(1))
+    targets = F.normalize(torch.randn(2, 16, 12) * 3.0 ** -torch.arange(12), dim=-1)  # clear axes
+    colours = sample.pca_colours(targets, 3 * targets, targets.flip(1))
     assert close(colours[0], colours[1], 1e-6) and close(colours[0].flip(1), colours[2], 1e-6)
     assert colours[0].min() == 0 and colours[0].max() == 1
     for i in range(3):  # the largest components are the first channels
