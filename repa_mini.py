@@ -32,15 +32,14 @@ from PIL import Image, ImageDraw, ImageOps
 from timm.layers import GELUTanh, Mlp, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Attention
 from torch.optim import AdamW
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 
-class UserError(argparse.ArgumentTypeError, ValueError):
-    """A mistake of the user's, as a sentence, which argparse prints if a `type=` raises it."""
+class UserError(ValueError):
+    """A user's mistake, told in one sentence: `main` prints it without a traceback."""
 
 
 # ---- 1. SiT (Ma et al. 2024, arXiv 2401.08740): a vision transformer conditioned by adaLN-Zero
@@ -71,8 +70,7 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):  # tokens x (N, T, D), condition c (N, D) -> (N, T, D)
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # six of (N, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -125,10 +123,10 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         label_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
         self.y_embedder = nn.ModuleDict({"embedding_table": label_table})  # the authors' key
-        # timm has (sine, cosine) x (row, column) x D/4, the authors axes first, and columns first.
-        table = build_sincos2d_pos_embed([self.grid_size, self.grid_size], hidden_size)
-        table = table.unflatten(1, (2, 2, -1)).flip(2).transpose(1, 2).reshape(1, -1, hidden_size)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, T, D)
+        table = build_sincos2d_pos_embed([self.grid_size, self.grid_size], hidden_size)  # (T, D)
+        row_sin, column_sin, row_cos, column_cos = table.chunk(4, dim=1)  # timm's order
+        table = torch.cat([column_sin, column_cos, row_sin, row_cos], dim=1)  # the authors' order
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         # Xavier for linear layers, std 0.02 for embeddings, zero for modulation and output.
@@ -192,7 +190,6 @@ def load_timm(name, weights=None, input_size=None, **options):
     try:
         if weights:
             state = timm.models.load_state_dict(weights, weights_only=True)  # executes nothing
-            state = state or {"": None}  # fits no model; for an empty one timm would download
             options.update(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
         model = timm.create_model(name, **options)
         if input_size:
@@ -200,7 +197,7 @@ def load_timm(name, weights=None, input_size=None, **options):
         return model
     except Exception as error:  # timm, torch and the hub raise many types
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        advice = "check name, network and weights, or try another (some take one image size only)"
+        advice = "check name, network or --encoder-weights (some encoders take one image size only)"
         raise UserError(f"cannot use encoder {name} {weights or ''}({why}): {advice}") from error
 
 
@@ -257,7 +254,6 @@ def at_least_float32(x):  # squares of half-precision numbers over- and underflo
 def interpolant(t, path_type="linear"):
     """alpha, sigma and their time derivatives, in t's shape: t = 0 is data, 1 noise (Section 2).
     Raises ValueError for a path that is neither "linear" nor "cosine"."""
-    t = at_least_float32(t)
     if path_type == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path_type == "cosine":
@@ -291,11 +287,12 @@ def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
 def guided_velocity(model, x, t, y, scale):
     """Classifier-free guidance (Ho & Salimans 2022): v_null + scale (v_y - v_null); 1 is none.
     x: (N, C, H, W); t: a number in [0, 1]; y: (N,). `model(x, t, y)` returns (velocity, ...)."""
+    if scale != 1:  # with the class and without it, in one batch
+        x, y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, model.num_classes)])
+    v = model(x, x.new_full((len(x),), t), y)[0].to(x.dtype)
     if scale == 1:
-        return model(x, x.new_full((len(x),), t), y)[0].to(x.dtype)
-    y_null = torch.full_like(y, model.num_classes)
-    x, y = torch.cat([x, x]), torch.cat([y, y_null])  # both in one batch
-    v_y, v_null = guided_velocity(model, x, t, y, 1).chunk(2)
+        return v
+    v_y, v_null = v.chunk(2)
     return v_null + scale * (v_y - v_null)
 
 
@@ -331,11 +328,11 @@ def to_pixels(x):  # float in [-1, 1] -> uint8
 
 
 def draw_shapes(n, seed):
-    """n images (n, 3, 32, 32) uint8 and labels (n,): class k is POLYGONS[k] in the hue k/10.
-    Place, size, shade and background vary, so that no pixel can be learned by heart."""
+    """n images (n, 3, 32, 32) uint8 and labels (n,). Class k has the hue k/10 and, in POLYGONS[k],
+    a number of corners and the degrees it is turned by; place, size, shade, background vary."""
     rng = random.Random(seed)
     images, labels = [], torch.arange(n) % len(POLYGONS)
-    for label in labels.tolist():  # a polygon is so many corners, turned by so many degrees
+    for label in labels.tolist():
         circle = (rng.uniform(48, 80), rng.uniform(48, 80), rng.uniform(34, 46))  # centre, radius
         colour = f"hsv({36 * label}, {rng.uniform(80, 100)}%, {rng.uniform(70, 100)}%)"
         image = Image.new("RGB", (128, 128), f"hsv(0, 0%, {rng.uniform(0, 40)}%)")
@@ -386,12 +383,13 @@ def load_data(folder=None, smoke=False):
 
 
 # ---- 6. Training
-USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # two in sample.py
+USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # two for sample.py
 
 
 def generator(device, use, seed, number=0):
-    """Random numbers for one use; no two (use, number) of a run share a seed."""
-    seed = (10_000_019 * seed + number) * len(USES) + USES.index(use)
+    """Random numbers for one use, such as the batch of step `number`. Seed, number and use become
+    one number as hours, minutes and seconds do, so that no two share it (for numbers to 10^7)."""
+    seed = (10_000_000 * seed + number) * len(USES) + USES.index(use)
     return torch.Generator(device).manual_seed(seed % 2**63)
 
 
@@ -399,11 +397,10 @@ def draw_batch(images, labels, step, null_label, args):
     """All that is random in a training step, from the seed and the step alone: a resumed run gets
     the batches of an uninterrupted one, and a run with REPA those of a run without.
     Returns x (N, 3, 32, 32) in [-1, 1], noise like x, t (N,) in [0, 1], labels y (N,) of which some
-    are dropped, index (N,) of the images, and flip (N,), True where an image is mirrored. An epoch
-    shows every image once, but for a last batch that is not full."""
+    are dropped, index (N,) of the images, and flip (N,), True where an image is mirrored."""
     n, device = args.batch_size, images.device
-    epoch, i = divmod(step, len(images) // n)
-    g = generator(device, "order", args.seed, epoch)
+    epoch, i = divmod(step, len(images) // n)  # a last batch that would not be full is left out
+    g = generator(device, "order", args.seed, epoch)  # the whole order anew: no state to keep
     index = torch.randperm(len(images), generator=g, device=device)[i * n : (i + 1) * n]
     g = generator(device, "batch", args.seed, step)
     flip = torch.rand(n, generator=g, device=device) < 0.5
@@ -416,8 +413,8 @@ def draw_batch(images, labels, step, null_label, args):
 
 
 def pick_device(name, dtype=None):
-    """The named device, or the accelerator that is there, or the CPU; and autocast to the named
-    dtype, by default bf16 on CUDA, fp16 on a T4, float32 elsewhere. Raises ValueError."""
+    """The named device, or the accelerator that is there, or the CPU; the named dtype, by default
+    bfloat16 on CUDA, float16 on a T4, float32 elsewhere; and autocast to it. Raises ValueError."""
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(name or here)
@@ -427,7 +424,7 @@ def pick_device(name, dtype=None):
     if dtype is None and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     dtype = getattr(torch, dtype or "float32")
-    return device, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_in_place(modules, device):
@@ -472,8 +469,9 @@ def evaluate(model, images, labels, targets, path_type, precision):
 
 
 def means(history, scaled):
-    """{name: mean} of {name: [numbers of the steps since the last row]}. All must be finite, or it
-    raises ValueError; with a GradScaler (`scaled`), which skips some steps, only the loss must."""
+    """{name: mean} of {name: [numbers of the steps since the last row]}.
+    Raises ValueError if one is not finite, but for what fp16's GradScaler (`scaled`) takes care of:
+    it skips the steps whose gradient overflows, and their norms are left out here."""
     result = {}
     for name, values in history.items():
         values = torch.stack(values).cpu()
@@ -514,17 +512,17 @@ def load_checkpoint(path, mmap=False):
     return state
 
 
-def train(args, state):
-    """Train as the options say, going on from `state`, a checkpoint, if it holds one."""
-    device, precision = pick_device(args.device, args.dtype)
+def train(args):
+    """Train as the options say, with --resume from the checkpoint in that folder on."""
+    state = load_checkpoint(Path(args.resume, "checkpoint.pt")) if args.resume else {}
+    device, dtype, precision = pick_device(args.device, args.dtype)
     torch.set_float32_matmul_precision("high")  # TF32
 
     # Encoder and data. All pixels stay on the device.
     encoder = None
     if args.proj_coeff > 0:
-        pretrained, grid_size = not args.smoke, 32 // SIT_MODELS[args.model]["patch_size"]
-        encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights, pretrained)
-        encoder.to(device)
+        pretrained, grid = not args.smoke, 32 // SIT_MODELS[args.model]["patch_size"]
+        encoder = TargetEncoder(args.encoder, grid, args.encoder_weights, pretrained).to(device)
     *splits, classes = load_data(args.data, args.smoke)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in splits]
     if args.batch_size > len(images):
@@ -533,24 +531,24 @@ def train(args, state):
     if state and data != state["data"]:
         raise UserError(f"the checkpoint was trained on {state['data']}, here are {data}")
     every = math.ceil(len(val_images) / 1000)  # at most 1,000 are looked at, in one batch
-    held_out = [val_images[::every], val_labels[::every]]
-    held_out.append(compute_targets(encoder, held_out[0], precision) if encoder else None)
+    val_images, val_labels = val_images[::every], val_labels[::every]
+    val_targets = compute_targets(encoder, val_images, precision) if encoder else None
 
     # The model, its moving average, the optimizer, and how far they have come.
-    torch.manual_seed(args.seed % 2**63)
+    torch.manual_seed(generator("cpu", "weights", args.seed).initial_seed())
     sit = dict(SIT_MODELS[args.model], num_classes=len(classes), class_dropout_prob=args.cfg_prob)
     sit.update(encoder_depth=args.encoder_depth, projector_dim=args.projector_dim)
     sit["z_dim"] = encoder.embed_dim if encoder else 0
     model = SiT(**sit).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = AdamW(model.parameters(), args.learning_rate, weight_decay=0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision.fast_dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start, rows = state.get("step", 0), state.get("rows", [])
     for name, part in parts.items():
         if state.get(name):  # a scaler that was off has no state
             part.load_state_dict(state[name])
-    state.clear()  # or the caller's name would keep it in memory for the whole run
+    del state  # its tensors have been copied: they need not stay in memory
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     print(f"{args.model} on {device}, {len(images)} images, in {folder}")
@@ -560,8 +558,7 @@ def train(args, state):
         cached = compute_targets(encoder, images, precision)
         cached_flipped = compute_targets(encoder, images.flip(-1), precision)
     grid_labels = torch.arange(min(10, len(classes)), device=device).repeat_interleave(10)
-    g = generator("cpu", "grid", seed=0)
-    grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=g).to(device)
+    grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=generator("cpu", "grid", 0))
 
     history = {}  # what the steps since the last row have logged
     bar = tqdm(range(start, args.max_train_steps), "training", initial=start)
@@ -588,15 +585,16 @@ def train(args, state):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        # Without REPA the projector must stand still. torch.compile gives it gradients of 0, with
-        # which AdamW's momentum would still move it; zero_grad sets them to None: AdamW skips it.
+        # Without targets the projector must stand still. Compiled, it has gradients of 0, not None,
+        # and with those AdamW would still move it on from its momentum.
         if z is None:
-            model.projectors.zero_grad()
+            model.projectors.zero_grad()  # to None
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        decay = min(0.9999, (1 + step) / (10 + step))  # grows, to forget the start
-        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+        decay = min(0.9999, (1 + step) / (10 + step))  # small at first, to forget the start
+        for average, p in zip(ema.parameters(), model.parameters()):
+            average.lerp_(p.detach(), 1 - decay)  # decay average + (1 - decay) p
         logged.update(loss=loss, grad_norm=grad_norm)
         for name, value in logged.items():
             history.setdefault(name, []).append(value.detach())
@@ -606,12 +604,12 @@ def train(args, state):
         last = done == args.max_train_steps
         save = last or done % args.checkpointing_steps == 0
         if save or done % args.log_every == 0:
-            row.update(means(history, scaler.is_enabled()))  # nothing that is not finite is saved
+            row |= means(history, scaler.is_enabled())  # raises: no NaN is ever saved
             history.clear()
         if last or done % args.eval_every == 0:
-            row.update(evaluate(ema, *held_out, args.path_type, precision))
+            row |= evaluate(ema, val_images, val_labels, val_targets, args.path_type, precision)
             with precision:
-                samples = sample_ode(ema, grid_noise, grid_labels)
+                samples = sample_ode(ema, grid_noise.to(device), grid_labels)
             save_image(to_pixels(samples) / 255, folder / f"samples_{done:07d}.png", nrow=10)
         if row:
             rows.append({"step": done, **row})
@@ -626,19 +624,20 @@ def train(args, state):
 # ---- 7. Command line
 SMOKE = dict(model="SiT-Ti/4", encoder="test_vit", projector_dim=512, batch_size=16, device="cpu")
 SMOKE.update(learning_rate=2e-3, max_train_steps=200, log_every=40)  # test_vit: timm's tiny ViT
-FREE_ON_RESUME = {"resume", "output_dir", "data", "encoder_weights", "device", "dtype", "compile"}
-FREE_ON_RESUME |= {"max_train_steps", "log_every", "eval_every", "checkpointing_steps"}
+# Options that --resume may change: they move a run, or lengthen it, and leave it what it is.
+FREE_ON_RESUME = ["resume", "output_dir", "data", "encoder_weights", "device", "dtype", "compile"]
+FREE_ON_RESUME += ["max_train_steps", "log_every", "eval_every", "checkpointing_steps"]
 
 
-def count(text):  # for argparse
+def count(text):  # for argparse's type=
     if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise UserError(f"{text} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
 
 
-def number(text):  # for argparse
+def number(text):  # for argparse's type=
     if not 0 <= float(text) < math.inf:
-        raise UserError(f"{text} is not a number from 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return float(text)
 
 
@@ -679,19 +678,20 @@ def run(argv):
     args = parser.parse_args(argv)  # to see whether there is --smoke or --resume
     if args.smoke:
         parser.set_defaults(**SMOKE)
-    state = load_checkpoint(Path(args.resume, "checkpoint.pt")) if args.resume else {}
-    config = state.get("config", {})
+    config = {}
+    if args.resume:
+        config = load_checkpoint(Path(args.resume, "checkpoint.pt"), mmap=True)["config"]
     parser.set_defaults(**config)
     args = parser.parse_args(argv)  # once more, with the new defaults
-    other = {name for name in config if getattr(args, name) != config[name]} - FREE_ON_RESUME
-    if other:
-        raise UserError(f"the checkpoint had another {', '.join(sorted(other))}: leave it out")
+    for name, value in config.items():
+        if name not in FREE_ON_RESUME and getattr(args, name) != value:
+            raise UserError(f"the checkpoint has another {name}, {value}: leave it out")
     args.encoder_depth = args.encoder_depth or SIT_MODELS[args.model]["encoder_depth"]
     args.output_dir = args.resume or args.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
     if not args.resume and Path(args.output_dir).exists():
         raise UserError(f"{args.output_dir} is there: --resume it, or give another --output-dir")
     try:
-        train(args, state)
+        train(args)
     except KeyboardInterrupt:
         saved = Path(args.output_dir, "checkpoint.pt").exists()
         way_on = f"--resume {args.output_dir} goes on from its last checkpoint"
@@ -700,7 +700,7 @@ def run(argv):
 
 
 def main(argv=None, program=run):
-    """Exit code of a program (sample.py has its own): 0, 2 after a user's mistake, 130 stopped."""
+    """The exit code of `run`, or of sample.py's: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     try:
         program(argv)
         return 0

@@ -509,7 +509,7 @@ def run(argv):
     """Parse, check, and show what was asked for."""
     args = build_parser().parse_args(argv)
     check_paths(args)
-    args.device, args.precision = repa_mini.pick_device(args.device, args.dtype)
+    args.device, _, args.precision = repa_mini.pick_device(args.device, args.dtype)
     state = repa_mini.load_checkpoint(args.ckpt, mmap=True)
     args.classes = args.classes or list(range(state["sit"]["num_classes"]))
     check_sampling(args, state["sit"])

@@ -22,7 +22,7 @@ def run(argv):
     if parser.parse_args(argv).smoke:
         parser.set_defaults(**repa_mini.SMOKE)
     args = parser.parse_args(argv)
-    device, precision = repa_mini.pick_device(args.device, args.dtype)
+    device, _, precision = repa_mini.pick_device(args.device, args.dtype)
     grid_size = 32 // repa_mini.SIT_MODELS[args.model]["patch_size"]
     weights, pretrained = args.encoder_weights, not args.smoke
     encoder = repa_mini.TargetEncoder(args.encoder, grid_size, weights, pretrained).to(device)
