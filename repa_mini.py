@@ -12,7 +12,7 @@ the velocity of a path from data to noise, and pulls an early hidden state of it
 
 y is the class, y* = encoder(x) the target, h_t the hidden state, h_phi the projector. To run it:
 `python repa_mini.py --smoke` (a minute on a CPU) or `python repa_mini.py` (CIFAR-10, one GPU).
-"(Section ...)" is the paper's. sample.py imports this file, and uses what seems unused here."""
+"(Section ...)" is the paper's. sample.py shows what a trained model can do."""
 
 import argparse
 import copy
@@ -97,8 +97,8 @@ class SiT(nn.Module):
     """SiT with REPA's projector. Keys and shapes of the state dict are the authors'.
     forward(x (N, C, H, W), t (N,), y (N,)) -> velocity (N, C, H, W), z_tilde (N, T, z_dim), with T
     patches. z_tilde is h_phi(h_t), the projected hidden state after block `encoder_depth`, or None
-    if `z_dim` is 0. `num_classes` is also the null label, no class. Nothing in here is random once
-    it is built. Raises ValueError for an encoder depth or a label dropout that cannot be."""
+    if `z_dim` is 0. `num_classes` is also the null label, which draw_batch gives to dropped labels:
+    forward itself draws nothing. Raises ValueError for a depth or a dropout that cannot be."""
 
     def __init__(
         self,
@@ -172,11 +172,10 @@ SIT_SIZES = {
     "L": dict(hidden_size=1024, depth=24, num_heads=16, encoder_depth=8),
     "XL": dict(hidden_size=1152, depth=28, num_heads=16, encoder_depth=8),
 }
-SIT_MODELS = {
-    f"SiT-{name}/{patch_size}": dict(size, patch_size=patch_size)
-    for name, size in SIT_SIZES.items()
-    for patch_size in (2, 4, 8)
-}
+SIT_MODELS = {}  # "SiT-S/2" and so on: the keyword arguments of SiT
+for letter, size in SIT_SIZES.items():
+    for patch_size in (2, 4, 8):
+        SIT_MODELS[f"SiT-{letter}/{patch_size}"] = dict(size, patch_size=patch_size)
 
 
 # ---- 2. Targets y*: a frozen encoder's view of the clean image, one token a patch (Section 3.3)
@@ -186,7 +185,7 @@ DEFAULT_ENCODER = "vit_small_patch14_dinov2.lvd142m"
 def load_timm(name, weights=None, input_size=None, **options):
     """A timm model, with the weights of a local file if one is given, tried on one image of
     `input_size`: some take only images of their own size. Raises ValueError."""
-    torch.manual_seed(2410)  # without pretrained weights: the same random ones every time
+    torch.manual_seed(2410)  # where no weights are loaded, the random ones are always the same
     try:
         if weights:
             state = timm.models.load_state_dict(weights, weights_only=True)  # executes nothing
@@ -230,9 +229,6 @@ class TargetEncoder(nn.Module):
         for key in ("mean", "std"):
             value = torch.tensor(probe.pretrained_cfg[key]).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
-
-    def train(self, mode=True):
-        return super().train(False)  # frozen: dropout and batch statistics stay as in evaluation
 
     def preprocess(self, images):
         """(N, 3, H, W) in [-1, 1] -> normalised, resized (bicubic, as the authors do)."""
@@ -316,6 +312,7 @@ def sample_ode(
 
 
 # ---- 5. Data: a split is one uint8 tensor (N, 3, 32, 32), small enough to live on the device
+# The ten classes of --smoke: number of corners (40: a disc), and degrees by which they are turned.
 POLYGONS = [(3, 0), (3, 180), (4, 0), (4, 45), (5, 0), (5, 180), (6, 0), (6, 30), (8, 0), (40, 0)]
 
 
@@ -328,8 +325,7 @@ def to_pixels(x):  # float in [-1, 1] -> uint8
 
 
 def draw_shapes(n, seed):
-    """n images (n, 3, 32, 32) uint8 and labels (n,). Class k has the hue k/10 and, in POLYGONS[k],
-    a number of corners and the degrees it is turned by; place, size, shade, background vary."""
+    """n images (n, 3, 32, 32) uint8 and labels (n,): class k is POLYGONS[k] in the hue k/10."""
     rng = random.Random(seed)
     images, labels = [], torch.arange(n) % len(POLYGONS)
     for label in labels.tolist():
@@ -375,22 +371,21 @@ def load_data(folder=None, smoke=False):
     if smoke:
         return *draw_shapes(4000, seed=0), *draw_shapes(200, seed=1), list("0123456789")
     try:
-        train = CIFAR10("data", True, pil_to_tensor, download=True)
-        test = CIFAR10("data", False, pil_to_tensor, download=True)
+        train = CIFAR10("data", train=True, transform=pil_to_tensor, download=True)
+        test = CIFAR10("data", train=False, transform=pil_to_tensor, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download CIFAR-10 ({error}): try --data or --smoke") from error
     return *load_split(train), *load_split(test), train.classes
 
 
 # ---- 6. Training
-USES = ("weights", "order", "batch", "grid", "evaluation", "sample", "sde")  # two for sample.py
+USES = ["weights", "order", "batch", "grid", "evaluation", "sample", "sde"]  # of random numbers
 
 
-def generator(device, use, seed, number=0):
-    """Random numbers for one use, such as the batch of step `number`. Seed, number and use become
-    one number as hours, minutes and seconds do, so that no two share it (for numbers to 10^7)."""
-    seed = (10_000_000 * seed + number) * len(USES) + USES.index(use)
-    return torch.Generator(device).manual_seed(seed % 2**63)
+def seed_for(use, seed, number=0):
+    """The seed for one use, such as the batch of step `number`: the digits of seed, number (seven)
+    and use (one), in a row, so that no two are equal. ("sample" and "sde" are sample.py's.)"""
+    return (10 * (10_000_000 * seed + number) + USES.index(use)) % 2**63
 
 
 def draw_batch(images, labels, step, null_label, args):
@@ -400,9 +395,10 @@ def draw_batch(images, labels, step, null_label, args):
     are dropped, index (N,) of the images, and flip (N,), True where an image is mirrored."""
     n, device = args.batch_size, images.device
     epoch, i = divmod(step, len(images) // n)  # a last batch that would not be full is left out
-    g = generator(device, "order", args.seed, epoch)  # the whole order anew: no state to keep
+    # Each step draws the whole order of its epoch: so there is none to keep, or to restore.
+    g = torch.Generator(device).manual_seed(seed_for("order", args.seed, epoch))
     index = torch.randperm(len(images), generator=g, device=device)[i * n : (i + 1) * n]
-    g = generator(device, "batch", args.seed, step)
+    g = torch.Generator(device).manual_seed(seed_for("batch", args.seed, step))
     flip = torch.rand(n, generator=g, device=device) < 0.5
     x = to_unit(images[index])
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
@@ -457,12 +453,12 @@ def compute_targets(encoder, images, precision):
 @torch.no_grad()
 def evaluate(model, images, labels, targets, path_type, precision):
     """Held-out velocity loss and, with targets (N, T, D), mean patch cosine, as {name: number}.
-    Noise and times are the same in every evaluation of every run."""
-    x, g = to_unit(images), generator("cpu", "evaluation", seed=0)
-    noise = torch.randn(x.shape, generator=g).to(x.device)
-    t = torch.rand(len(x), generator=g).to(x.device)
+    Noise and times are the same in every evaluation of every run. All images are one batch."""
+    g = torch.Generator().manual_seed(seed_for("evaluation", seed=0))
+    noise = torch.randn(images.shape, generator=g).to(images.device)
+    t = torch.rand(len(images), generator=g).to(images.device)
     with precision:
-        losses = training_losses(model, x, noise, t, labels, targets, path_type)
+        losses = training_losses(model, to_unit(images), noise, t, labels, targets, path_type)
     if targets is None:
         return dict(val_velocity_loss=losses[0].item())
     return dict(val_velocity_loss=losses[0].item(), val_alignment=-losses[1].item())
@@ -470,13 +466,14 @@ def evaluate(model, images, labels, targets, path_type, precision):
 
 def means(history, scaled):
     """{name: mean} of {name: [numbers of the steps since the last row]}.
-    Raises ValueError if one is not finite, but for what fp16's GradScaler (`scaled`) takes care of:
-    it skips the steps whose gradient overflows, and their norms are left out here."""
+    Raises ValueError if one is not finite. But with fp16's GradScaler (`scaled`) gradients may
+    overflow, since it skips such a step: their norms are left out."""
     result = {}
     for name, values in history.items():
         values = torch.stack(values).cpu()
         finite = values[values.isfinite()]
-        if len(finite) < len(values) and (name == "loss" or not scaled):
+        may_overflow = scaled and name != "loss"
+        if len(finite) < len(values) and not may_overflow:
             raise UserError(f"{name} is no longer finite: try a smaller --learning-rate")
         if len(finite) > 0:
             result[name] = finite.mean().item()
@@ -495,13 +492,14 @@ def write_metrics(path, rows):
 def save_checkpoint(path, state):
     """Write to a temporary file, rename: `path` always holds one complete checkpoint."""
     buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(state, buffer)  # straight into a file it hides what a full disk or Ctrl-C raises
+    torch.save(state, buffer)  # into a file it would hide the errors of a full disk, or Ctrl-C
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
 
 
 def load_checkpoint(path, mmap=False):
-    """A checkpoint, on the CPU; nothing in the file is executed. Raises ValueError or OSError."""
+    """A checkpoint, on the CPU (with `mmap` what is used of it); nothing in the file is executed.
+    Raises ValueError or OSError."""
     open(path, "rb").close()  # raises if there is no such file, or a folder, or no permission
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -521,8 +519,9 @@ def train(args):
     # Encoder and data. All pixels stay on the device.
     encoder = None
     if args.proj_coeff > 0:
-        pretrained, grid = not args.smoke, 32 // SIT_MODELS[args.model]["patch_size"]
-        encoder = TargetEncoder(args.encoder, grid, args.encoder_weights, pretrained).to(device)
+        grid_size = 32 // SIT_MODELS[args.model]["patch_size"]
+        encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights, not args.smoke)
+        encoder.to(device)
     *splits, classes = load_data(args.data, args.smoke)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in splits]
     if args.batch_size > len(images):
@@ -535,7 +534,7 @@ def train(args):
     val_targets = compute_targets(encoder, val_images, precision) if encoder else None
 
     # The model, its moving average, the optimizer, and how far they have come.
-    torch.manual_seed(generator("cpu", "weights", args.seed).initial_seed())
+    torch.manual_seed(seed_for("weights", args.seed))
     sit = dict(SIT_MODELS[args.model], num_classes=len(classes), class_dropout_prob=args.cfg_prob)
     sit.update(encoder_depth=args.encoder_depth, projector_dim=args.projector_dim)
     sit["z_dim"] = encoder.embed_dim if encoder else 0
@@ -558,7 +557,8 @@ def train(args):
         cached = compute_targets(encoder, images, precision)
         cached_flipped = compute_targets(encoder, images.flip(-1), precision)
     grid_labels = torch.arange(min(10, len(classes)), device=device).repeat_interleave(10)
-    grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=generator("cpu", "grid", 0))
+    g = torch.Generator().manual_seed(seed_for("grid", seed=0))
+    grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=g).to(device)
 
     history = {}  # what the steps since the last row have logged
     bar = tqdm(range(start, args.max_train_steps), "training", initial=start)
@@ -585,10 +585,10 @@ def train(args):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        # Without targets the projector must stand still. Compiled, it has gradients of 0, not None,
-        # and with those AdamW would still move it on from its momentum.
+        # Without targets the projector is not used. A compiled model still gives it gradients of 0,
+        # and AdamW would move it on from its momentum; what has gradients of None it leaves alone.
         if z is None:
-            model.projectors.zero_grad()  # to None
+            model.projectors.zero_grad(set_to_none=True)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
@@ -609,7 +609,7 @@ def train(args):
         if last or done % args.eval_every == 0:
             row |= evaluate(ema, val_images, val_labels, val_targets, args.path_type, precision)
             with precision:
-                samples = sample_ode(ema, grid_noise.to(device), grid_labels)
+                samples = sample_ode(ema, grid_noise, grid_labels)
             save_image(to_pixels(samples) / 255, folder / f"samples_{done:07d}.png", nrow=10)
         if row:
             rows.append({"step": done, **row})
@@ -642,7 +642,7 @@ def number(text):  # for argparse's type=
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)  # short errors
     add = parser.add_argument
     add("--smoke", action="store_true", help="a run of a minute on a CPU, without any download")
     add("--data", metavar="DIR", help="of <class>/<image>, or of train/ and test/ with that")
@@ -652,7 +652,7 @@ def build_parser():
     add("--encoder-depth", type=count, help="aligned block, from 1 (default: the model's)")
     add("--projector-dim", type=count, default=2048, help="width of the projector")
     add("--proj-coeff", type=number, default=0.5, help="lambda; 0 is the vanilla SiT")
-    add("--repa-stop-step", type=count, default=2**31, help="no REPA loss from this step on")
+    add("--repa-stop-step", type=count, default=math.inf, help="no REPA loss from this step on")
     add("--cache-targets", action="store_true", help="compute all targets once, keep them")
     add("--path-type", default="linear", choices=["linear", "cosine"], help="the interpolant")
     add("--cfg-prob", type=number, default=0.1, help="label dropout, for guidance")
@@ -675,14 +675,14 @@ def build_parser():
 def run(argv):
     """Parse and train. With --resume the checkpoint's options are the defaults."""
     parser = build_parser()
-    args = parser.parse_args(argv)  # to see whether there is --smoke or --resume
+    args = parser.parse_args(argv)  # a first look: is there --smoke or --resume?
     if args.smoke:
         parser.set_defaults(**SMOKE)
     config = {}
     if args.resume:
         config = load_checkpoint(Path(args.resume, "checkpoint.pt"), mmap=True)["config"]
     parser.set_defaults(**config)
-    args = parser.parse_args(argv)  # once more, with the new defaults
+    args = parser.parse_args(argv)  # what was typed goes before these defaults
     for name, value in config.items():
         if name not in FREE_ON_RESUME and getattr(args, name) != value:
             raise UserError(f"the checkpoint has another {name}, {value}: leave it out")

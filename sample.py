@@ -31,8 +31,8 @@ from repa_mini import (
     TargetEncoder,
     UserError,
     count,
-    generator,
     interpolant,
+    seed_for,
     to_pixels,
     to_unit,
 )
@@ -93,7 +93,8 @@ def load_model(state, device, projector=False):
 
 def starting_noise(seed, numbers):
     """x(1) (N, 3, 32, 32), which depends on the seed and an image's number, not on its batch."""
-    seeded = [generator("cpu", "sample", seed, number) for number in numbers]
+    seeds = [seed_for("sample", seed, number) for number in numbers]
+    seeded = [torch.Generator().manual_seed(s) for s in seeds]
     return torch.stack([torch.randn(3, 32, 32, generator=g) for g in seeded])
 
 
@@ -116,7 +117,8 @@ def draw_samples(args, state):
             if args.mode == "ode":
                 x = repa_mini.sample_ode(model, noise, y, args.num_steps, args.heun, **guidance)
             else:
-                g = generator(args.device, "sde", args.seed, int(numbers[0]))
+                g = torch.Generator(args.device)
+                g.manual_seed(seed_for("sde", args.seed, int(numbers[0])))
                 path = state["config"]["path_type"]
                 x = sample_sde(
                     model, noise, y, args.num_steps, **guidance, path_type=path, generator=g

@@ -63,6 +63,10 @@ def close(a, b, tolerance):
     return a.shape == b.shape and (a - b).abs().max().item() <= tolerance
 
 
+def seeded(use, seed=0, number=0):
+    return torch.Generator().manual_seed(repa_mini.seed_for(use, seed, number))
+
+
 def at(t, path_type):
     """interpolant at one time, as four Python floats."""
     return [float(a) for a in interpolant(torch.tensor(t, dtype=torch.float64), path_type)]
@@ -202,9 +206,8 @@ def test_dinov2_tokens_are_the_dinov2_authors():
     assert close([z.mean(), z.std()], [0.0490329, 0.0930159], 1e-6)
 
 
-def test_the_encoder_is_frozen_and_stays_in_evaluation_mode():
+def test_the_encoder_is_frozen_and_in_evaluation_mode():
     encoder = tiny_dino()
-    encoder.train()
     assert not any(module.training for module in encoder.modules())
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder(torch.rand(1, 3, 32, 32, requires_grad=True)).requires_grad
@@ -479,7 +482,7 @@ def test_every_step_is_drawn_anew_from_seed_and_step_and_an_epoch_shows_every_im
         assert not any(torch.equal(a, b) for a, b in zip(other, drawn(3)))
     uses = itertools.product(repa_mini.USES, (0, 1, 2), range(2000))
     # A generator on the CPU keeps the lower 32 bits.
-    seeds = [repa_mini.generator("cpu", *use).initial_seed() % 2**32 for use in uses]
+    seeds = [repa_mini.seed_for(*use) % 2**32 for use in uses]
     assert len(set(seeds)) == len(seeds)  # no two uses share a seed
 
 
@@ -583,7 +586,7 @@ def by_the_equations(sit, photos, args, coeff=0.5, stop=10**9, path_type="linear
     """The training loop a second time, in plain lines. Yields what every step should leave."""
     images, labels, _, _, classes = repa_mini.load_data(photos)
     encoder = TargetEncoder("test_vit", 4, pretrained=False)
-    torch.manual_seed(repa_mini.generator("cpu", "weights", args.seed).initial_seed())
+    torch.manual_seed(repa_mini.seed_for("weights", args.seed))
     model = SiT(**sit)
     p = {name: q for name, q in model.named_parameters() if q.requires_grad}
     ema = {name: q.detach().clone() for name, q in p.items()}
@@ -670,7 +673,7 @@ def same_pixels(a, b):
 def test_evaluation_and_grid_are_those_of_the_ema(finished, photos):
     _, _, images, labels, _ = repa_mini.load_data(photos)
     x, model = repa_mini.to_unit(images), ema_of(finished)
-    g = repa_mini.generator("cpu", "evaluation", 0)
+    g = seeded("evaluation")
     noise, t = torch.randn(x.shape, generator=g), torch.rand(len(x), generator=g)
     z = TargetEncoder("test_vit", 4, pretrained=False)(x)
     velocity_loss, projection_loss = repa_mini.training_losses(model, x, noise, t, labels, z)
@@ -678,7 +681,7 @@ def test_evaluation_and_grid_are_those_of_the_ema(finished, photos):
     assert last["val_velocity_loss"] == pytest.approx(velocity_loss.item(), rel=1e-5)
     assert last["val_alignment"] == pytest.approx(-projection_loss.item(), rel=1e-3)
     y = torch.arange(4).repeat_interleave(10)  # one class a row
-    noise = torch.randn(40, 3, 32, 32, generator=repa_mini.generator("cpu", "grid", 0))
+    noise = torch.randn(40, 3, 32, 32, generator=seeded("grid"))
     cells = grid_cells(finished.folder / "samples_0000004.png", columns=10)
     assert same_pixels(cells, repa_mini.to_pixels(sample_ode(model, noise, y, 50)))
 
@@ -985,8 +988,8 @@ def show(run, *options):
 
 def start(numbers, seed=0):
     """The noise that image `number` starts from."""
-    seeded = [repa_mini.generator("cpu", "sample", seed, number) for number in numbers]
-    return torch.stack([torch.randn(3, 32, 32, generator=g) for g in seeded])
+    generators = [seeded("sample", seed, number) for number in numbers]
+    return torch.stack([torch.randn(3, 32, 32, generator=g) for g in generators])
 
 
 ODE = {  # options of sample.py, and the same in Python
@@ -1018,8 +1021,7 @@ def test_every_option_of_the_samplers_does_what_it_does_in_python(trained, tmp_p
     if options in ODE:
         x = sample_ode(model, **{**usual, **ODE[options]})
     else:
-        g = repa_mini.generator("cpu", "sde", 0, 0)
-        usual.update(SDE[options], path_type="cosine", generator=g)
+        usual.update(SDE[options], path_type="cosine", generator=seeded("sde"))
         x = sample.sample_sde(model, **usual)
     x = repa_mini.to_pixels(x)
     assert same_pixels(samples_of(trained, tmp_path / "s.npz", options), x)

@@ -1,15 +1,17 @@
-"""judge.py: a judge of samples from another family than the encoders, trained on the data alone.
+"""judge.py: how far samples are from real images, to two judges that no run was trained towards.
 
-    python assets/results/judge.py train --data DIR --output judge.pt
-    python assets/results/judge.py score --judge judge.pt --data DIR --samples S.npz --output J.csv
+    python assets/results/judge.py train --data DIR --judge runs/judge.pt
+    python assets/results/judge.py score --data DIR --judge runs/judge.pt --lite2 FILE \
+        --output distances.csv train runs/RUN-STEP.npz [...]
 
-It is a ResNet-10 of half the width that classifies the images. Two numbers judge samples: the
-Fréchet distance of its pooled features to those of the held-out images, and how often it sees the
-class that a sample was drawn for. `--samples train` judges 2,000 training images instead."""
+One is a ResNet-10 of half the width, trained here on the same images to tell their classes, and of
+another family than the encoders. The other is EfficientNet-Lite2, kin of the encoder. For each .npz
+of sample.py, and for 2,000 training images if "train" stands in its place, a row is appended: the
+Fréchet distances of both judges' features to those of all held-out images, and the share of samples
+that the ResNet gives the class they were drawn for."""
 
 import argparse
 import csv
-import math
 import sys
 from pathlib import Path
 
@@ -24,9 +26,9 @@ import repa_mini
 import sample
 
 
-def make_judge(num_classes):
+def make_judge():
     size = dict(channels=(32, 64, 128, 256), stem_width=16)
-    judge = timm.create_model("resnet10t", num_classes=num_classes, **size)
+    judge = timm.create_model("resnet10t", num_classes=10, **size)
     judge.conv1[0].stride, judge.maxpool = (1, 1), torch.nn.Identity()  # for 32x32 images
     return judge.to(memory_format=torch.channels_last)  # faster on a CPU
 
@@ -46,62 +48,66 @@ def look(judge, images):  # uint8 images -> pooled features (N, D) and predicted
 
 
 def train(args):
-    images, labels, val_images, val_labels, classes = repa_mini.load_data(args.data)
+    images, labels, val_images, val_labels, _ = repa_mini.load_data(args.data)
     torch.manual_seed(args.seed)
-    judge = make_judge(len(classes)).train()
+    judge = make_judge().train()
+    forward = torch.compile(judge)
     optimizer = torch.optim.SGD(judge.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
-    steps = args.epochs * math.ceil(len(images) / 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+    steps = len(images) // 128
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, args.epochs * steps)
     for epoch in range(args.epochs):
-        for index in tqdm(torch.randperm(len(images)).split(128), f"epoch {epoch + 1}"):
+        order = torch.randperm(len(images))[: 128 * steps]
+        for index in tqdm(order.split(128), f"epoch {epoch + 1}"):
+            x = augment(repa_mini.to_unit(images[index]))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(forward(x), labels[index])
             optimizer.zero_grad()
-            logits = judge(augment(repa_mini.to_unit(images[index])))
-            F.cross_entropy(logits, labels[index]).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
     accuracy = (look(judge, val_images)[1] == val_labels).double().mean().item()
     print(f"held-out accuracy {accuracy:.4f}")
-    state = dict(judge=judge.state_dict(), classes=classes, accuracy=accuracy)
-    torch.save(state, args.output)
+    torch.save(dict(judge=judge.state_dict(), accuracy=accuracy), args.judge)
 
 
 def score(args):
-    images, labels, val_images, _, classes = repa_mini.load_data(args.data)
-    state = torch.load(args.judge, weights_only=True)
-    if classes != state["classes"]:
-        raise repa_mini.UserError(f"the judge knows {state['classes']}, the data have {classes}")
-    judge = make_judge(len(classes))
-    judge.load_state_dict(state["judge"])
-    if args.samples == "train":
-        chosen = sample.evenly(2000, len(images))
-        images, labels = images[chosen], labels[chosen]
-    else:
-        images = torch.from_numpy(np.load(args.samples)["arr_0"]).permute(0, 3, 1, 2)
-        labels = torch.arange(len(images)) % len(classes)  # sample.py draws the classes in turn
-    (features, predicted), (val_features, _) = look(judge, images), look(judge, val_images)
-    distance = sample.frechet_distance(features, val_features)
-    accuracy = (predicted == labels).double().mean().item()
-    row = dict(name=args.name or args.samples, step=args.step, samples=len(images))
-    row.update(distance=round(distance, 4), accuracy=round(accuracy, 4))
-    with open(args.output, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:  # a new file
-            writer.writeheader()
-        writer.writerow(row)
-    print(", ".join(f"{key} {value}" for key, value in row.items()))
+    images, labels, val_images, _, _ = repa_mini.load_data(args.data)
+    judge = make_judge()
+    judge.load_state_dict(torch.load(args.judge, weights_only=True)["judge"])
+    lite2 = repa_mini.TargetEncoder("tf_efficientnet_lite2", 8, args.lite2)
+    real = look(judge, val_images)[0], sample.pooled_features(lite2, val_images, "cpu")
+    chosen = torch.linspace(0, len(images) - 1, 2000).long()
+    for name in args.samples:
+        if name == "train":
+            run, step, fake, drawn = name, 0, images[chosen], labels[chosen]
+        else:
+            run, step = Path(name).stem.rsplit("-", 1)
+            fake = torch.from_numpy(np.load(name)["arr_0"]).permute(0, 3, 1, 2)
+            drawn = torch.arange(len(fake)) % 10  # sample.py draws the classes in turn
+        features, predicted = look(judge, fake)
+        row = dict(run=run, step=step, samples=len(fake))
+        row["judge"] = round(sample.frechet_distance(features, real[0]), 3)
+        kin = sample.pooled_features(lite2, fake, "cpu")
+        row["lite2"] = round(sample.frechet_distance(kin, real[1]), 2)
+        row["accuracy"] = round((predicted == drawn).double().mean().item(), 4)
+        with open(args.output, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:  # a new file
+                writer.writeheader()
+            writer.writerow(row)
+        print(row, flush=True)
 
 
 def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=["train", "score"])
+    parser.add_argument("samples", nargs="*", help="for score: .npz files of sample.py, or train")
     parser.add_argument("--data", required=True, help="the folder that the runs were trained on")
-    parser.add_argument("--output", required=True, help="train: the judge's file; score: a CSV")
-    parser.add_argument("--epochs", type=repa_mini.count, default=15, help="for train")
+    parser.add_argument("--judge", required=True, help="the judge's file")
+    parser.add_argument("--epochs", type=repa_mini.count, default=10, help="for train")
     parser.add_argument("--seed", type=int, default=0, help="for train")
-    parser.add_argument("--judge", default="judge.pt", help="for score: what train wrote")
-    parser.add_argument("--samples", default="train", help="for score: .npz of sample.py, or train")
-    parser.add_argument("--name", help="for score: the run's, for the CSV")
-    parser.add_argument("--step", help="for score: the run's, for the CSV")
+    parser.add_argument("--lite2", metavar="FILE", help="for score: EfficientNet-Lite2's weights")
+    parser.add_argument("--output", default="distances.csv", help="for score: a CSV")
     args = parser.parse_args(argv)
     dict(train=train, score=score)[args.what](args)
 

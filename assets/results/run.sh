@@ -4,78 +4,78 @@
 #     DATA=cifar10 LITE0=tf_efficientnet_lite0.pth LITE2=tf_efficientnet_lite2.pth \
 #       bash assets/results/run.sh
 #
-# It may be stopped and started again: a run with a checkpoint goes on from it. (A run that was
+# It may be stopped and started again: what is there is not made a second time. (A run that was
 # stopped before its first checkpoint has left a folder that must be removed first.)
 set -euo pipefail
 DATA=${DATA:?a folder with train/CLASS/IMAGE and test/CLASS/IMAGE}
 LITE0=${LITE0:?a file with the weights of tf_efficientnet_lite0, which gives the targets}
-LITE2=${LITE2:?a file with the weights of tf_efficientnet_lite2, which judges}
-JUDGE=${JUDGE:-runs/judge.pt}  # of judge.py; trained if it is not there
-STEPS=${STEPS:-4000}
-SEEDS=${SEEDS:-0 1}
-ARMS=${ARMS:-vanilla repa2 repa4 repa6 control6}
-BEST=${BEST:-repa6}  # the arm whose layers are looked at beside vanilla's and the control's
+LITE2=${LITE2:?a file with the weights of tf_efficientnet_lite2, a judge}
+RUNS=${RUNS:-vanilla-0 repa6-0 control6-0 vanilla-1 repa6-1 control6-1}  # to the last of STAGES
+STAGES=${STAGES:-2000 4000 8000}
+PILOTS=${PILOTS:-repa4-0 repa2-0}  # to the first of STAGES
+export OMP_NUM_THREADS=1  # one core a run: several may run at once, with different RUNS
+export TIMM_FUSED_ATTN=0  # torch 2.14's fused attention is slow on a CPU, backwards in bfloat16
 results=assets/results
-distances=$results/distances.csv
-
-lite0=(--encoder tf_efficientnet_lite0 --encoder-weights "$LITE0")
-lite2=(--encoder tf_efficientnet_lite2 --encoder-weights "$LITE2" --grid-size 8)
 common=(--data "$DATA" --model SiT-Ti/4 --projector-dim 512 --batch-size 64 --learning-rate 1e-3
-  --eval-every 1000 --device cpu "${lite0[@]}" --cache-targets --max-train-steps "$STEPS")
+  --eval-every 500 --checkpointing-steps 2000 --device cpu --dtype bfloat16 --compile
+  --encoder tf_efficientnet_lite0 --cache-targets)
+mkdir -p runs
 
-# The control: within a batch each image gets its neighbour's targets. Everything else is the same.
-control=$(mktemp -d)
-trap 'rm -r "$control"' EXIT
-line='z = torch.where(flip\[:, None, None\], cached_flipped\[index\], cached\[index\])'
-sed "s/$line/&.roll(1, 0)/" repa_mini.py > "$control/repa_mini.py"
-if cmp -s repa_mini.py "$control/repa_mini.py"; then
-  echo "repa_mini.py has no line '$line': the control needs it" >&2
-  exit 1
-fi
-
-field() {  # FILE NUMBERS: columns of a CSV's last row
-  tail -n 1 "$1" | tr -d '\r' | cut -d, -f"$2"
+train() {  # RUN STEP: on to that step. repa6-0 is aligned at block 6, with seed 0
+  local folder=runs/$1 arm=${1%-*} seed=${1##*-} weights=$LITE0
+  local options=(--encoder-depth "${arm: -1}")
+  case $arm in
+    vanilla) options=(--proj-coeff 0) ;;
+    stop*) options+=(--repa-stop-step 2000) ;;
+    quarter*) options+=(--proj-coeff 0.25) ;;
+    double*) options+=(--proj-coeff 2) ;;
+    random*) weights=runs/random.pth ;;
+  esac
+  local control=0
+  if [[ $arm == control* ]]; then control=1; fi
+  if [ -f "$folder/checkpoint-$2.pt" ]; then return; fi
+  if [ -f "$folder/checkpoint.pt" ]; then
+    CONTROL=$control python $results/arm.py --resume "$folder" --max-train-steps "$2"
+  else
+    CONTROL=$control python $results/arm.py "${common[@]}" --encoder-weights "$weights" \
+      "${options[@]}" --seed "$seed" --output-dir "$folder" --max-train-steps "$2"
+  fi
+  cp "$folder/checkpoint.pt" "$folder/checkpoint-$2.pt"
+  cp "$folder/metrics.csv" "$results/$1.csv"
 }
 
-# The judge, and how it finds real images: no sampler can be expected to do better.
-mkdir -p runs
-judge="python $results/judge.py"
-[ -f "$JUDGE" ] || $judge train --data "$DATA" --output "$JUDGE"
-[ -f $distances ] || echo run,step,lite2,judge,accuracy > $distances
-$judge score --judge "$JUDGE" --data "$DATA" --samples train --name train --output runs/judge.csv
-echo "train,,,$(field runs/judge.csv 4,5)" >> $distances
+samples() {  # RUN STEP: 2,000 of them, 200 a class
+  if [ -f "runs/$1-$2.npz" ]; then return; fi
+  python sample.py --ckpt "runs/$1/checkpoint-$2.pt" --num-samples 2000 --num-steps 25 \
+    --batch-size 250 --device cpu --dtype bfloat16 --compile --npz "runs/$1-$2.npz"
+  python $results/judge.py score --data "$DATA" --judge runs/judge.pt --lite2 "$LITE2" \
+    --output $results/distances.csv "runs/$1-$2.npz"
+}
+
+# The judge, and its floor: 2,000 real images. A target that knows no image.
+if [ ! -f runs/judge.pt ]; then
+  python $results/judge.py train --data "$DATA" --judge runs/judge.pt
+  python $results/judge.py score --data "$DATA" --judge runs/judge.pt --lite2 "$LITE2" \
+    --output $results/distances.csv train
+  python -c "import timm, torch; torch.manual_seed(0)
+torch.save(timm.create_model('tf_efficientnet_lite0').state_dict(), 'runs/random.pth')"
+fi
 
 # What a prediction that has seen no image reaches, to read the alignment by.
-python $results/constant.py "${common[@]}"
+for weights in "$LITE0" runs/random.pth; do
+  python $results/constant.py "${common[@]}" --encoder-weights "$weights"
+done
 
-for seed in $SEEDS; do
-  for arm in $ARMS; do
-    run=$arm-$seed
-    folder=runs/$run
-    program=repa_mini.py
-    options=(--encoder-depth "${arm: -1}")  # repa2: block 2
-    if [ "$arm" = vanilla ]; then options=(--proj-coeff 0); fi
-    if [ "$arm" = control6 ]; then program=$control/repa_mini.py; fi
-
-    if [ -f "$folder/checkpoint.pt" ]; then
-      python "$program" --resume "$folder" --max-train-steps "$STEPS"
-    else
-      python "$program" "${common[@]}" "${options[@]}" --seed "$seed" --output-dir "$folder"
-    fi
-    cp "$folder/metrics.csv" "$results/$run.csv"
-
-    # Both distances of the same samples; fd.csv, which does not name the run, is in its folder.
-    python sample.py --ckpt "$folder/checkpoint.pt" --fd --data "$DATA" "${lite2[@]}" --device cpu \
-      --num-samples 2000 --num-steps 25 --npz "$folder/samples.npz" --output "$folder/fd.csv"
-    $judge score --judge "$JUDGE" --data "$DATA" --samples "$folder/samples.npz" \
-      --name "$run" --step "$STEPS" --output "$folder/judge.csv"
-    echo "$run,$(field "$folder/fd.csv" 1,10),$(field "$folder/judge.csv" 4,5)" >> $distances
-
-    case $arm in
-      vanilla | "$BEST" | control6)
-        python sample.py --ckpt "$folder/checkpoint.pt" --cknna --data "$DATA" "${lite0[@]}" \
-          --device cpu --output "$results/cknna-$run.csv" ;;
-    esac
+for run in $PILOTS; do
+  train "$run" "${STAGES%% *}"
+  samples "$run" "${STAGES%% *}"
+done
+for run in $RUNS; do
+  for step in $STAGES; do
+    train "$run" "$step"
+    samples "$run" "$step"
   done
+  python sample.py --ckpt "runs/$run/checkpoint.pt" --cknna --data "$DATA" --device cpu \
+    --encoder tf_efficientnet_lite0 --encoder-weights "$LITE0" --output "$results/cknna-$run.csv"
 done
 echo "now: pip install matplotlib && python $results/figures.py"
