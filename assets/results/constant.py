@@ -4,8 +4,10 @@
 
 For each position the prediction is the mean unit token of at most 2,000 training images, and its
 mean patch cosine is measured on the held-out images that val_alignment is measured on. The options
-are those of repa_mini.py; the ones that have nothing to do with the targets change nothing."""
+are those of repa_mini.py; the ones that have nothing to do with the targets change nothing. A row
+is appended to constant.csv."""
 
+import csv
 import math
 import sys
 from pathlib import Path
@@ -34,7 +36,14 @@ def run(argv):
     constant = F.normalize(tokens, dim=-1).mean(0)  # (T, D)
     targets = repa_mini.compute_targets(encoder, val_images, precision).float()
     cosine = F.cosine_similarity(constant, targets, dim=-1).mean().item()
-    print(f"{args.encoder}: a constant has cosine {cosine:.4f} on {len(targets)} held-out images")
+    row = dict(encoder=args.encoder, weights=Path(args.encoder_weights or "random").stem)
+    row.update(images=len(images), held_out=len(val_images), cosine=round(cosine, 4))
+    print(row)
+    with open(Path(__file__).with_name("constant.csv"), "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if file.tell() == 0:  # a new file
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":

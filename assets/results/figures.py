@@ -1,14 +1,15 @@
-"""figures.py: assets/results.png and the table of results, from the CSV files of this folder.
+"""figures.py: the README's figure, grids and table, from what run.sh has left.
 
     pip install matplotlib && python assets/results/figures.py
 
-Of each run ARM-SEED.csv (its metrics.csv) and its last row in distances.csv count; whatever is not
-there is left out. Up is better in all three pictures."""
+RUN.csv and distances.csv make assets/results.png, the table and the steps to vanilla's last value;
+runs/RUN-grid.png make assets/grids.png. What is not there is left out."""
 
 import csv
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from PIL import Image
 
 FOLDER = Path("assets/results")
 ARMS = {  # where the arm is aligned, and its colour
@@ -16,10 +17,14 @@ ARMS = {  # where the arm is aligned, and its colour
     "repa2": ("block 2", "tab:blue"),
     "repa4": ("block 4", "tab:green"),
     "repa6": ("block 6", "tab:red"),
-    "control6": ("block 6, to another image's targets", "tab:orange"),
+    "control6": ("block 6, another image's targets", "tab:orange"),
+    "stop6": ("block 6, until step 2,000", "tab:purple"),
+    "quarter6": ("block 6, lambda 0.25", "tab:pink"),
+    "double6": ("block 6, lambda 2", "tab:brown"),
+    "random6": ("block 6, random encoder", "tab:olive"),
 }
 SEEDS = {"0": "-", "1": "--"}  # and their lines
-JUDGES = {"lite2": ("EfficientNet-Lite2", "o"), "judge": ("judge.py", "x")}
+RUNS = {f"{arm}-{seed}": arm for arm in ARMS for seed in SEEDS}
 
 
 def read(path):  # a CSV's rows, none if it is not there
@@ -34,59 +39,88 @@ def curve(run, column):  # {step: number}, where the run has measured it
     return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
 
 
-def below(number, reference):  # in percent
-    return 100 * (1 - number / reference)
+def judged(run, column):  # the same of distances.csv
+    rows = read(FOLDER / "distances.csv")
+    return {int(row["step"]): float(row[column]) for row in rows if row["run"] == run}
 
 
-def draw(distances):
+def vanilla_of(run):  # of the same seed
+    return f"vanilla-{run[-1]}"
+
+
+def draw():
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
-    for place, (arm, (_, colour)) in enumerate(ARMS.items()):
-        for seed, line in SEEDS.items():
-            run, vanilla = f"{arm}-{seed}", f"vanilla-{seed}"
-            style = dict(color=colour, linestyle=line, marker=".", label=run)
-            alignment, losses = curve(run, "val_alignment"), curve(run, "val_velocity_loss")
-            if alignment:
-                middle.plot(list(alignment), list(alignment.values()), **style)
-            if losses and arm != "vanilla":
-                references = curve(vanilla, "val_velocity_loss")
-                ahead = {s: below(losses[s], references[s]) for s in losses if s in references}
-                left.plot(list(ahead), list(ahead.values()), **style)
-            for offset, (column, (_, marker)) in zip((-0.15, 0.15), JUDGES.items()):
-                ours, theirs = distances.get(run, {}), distances.get(vanilla, {})
-                same_step = ours.get("step") == theirs.get("step")
-                if arm != "vanilla" and same_step and ours.get(column) and theirs.get(column):
-                    percent = below(float(ours[column]), float(theirs[column]))
-                    right.scatter(place + offset, percent, color=colour, marker=marker)
-    for axes in (left, right):
-        axes.axhline(0, color="black", linewidth=1)
-    left.set(xlabel="step", ylabel="velocity loss, % below vanilla's")
-    middle.set(xlabel="step", ylabel="alignment (mean patch cosine)")
-    right.set(ylabel="Fréchet distance, % below vanilla's", xlim=(0.5, len(ARMS) - 0.5))
-    right.set_xticks(range(1, len(ARMS)), list(ARMS)[1:])
-    for name, marker in JUDGES.values():
-        right.scatter([], [], color="grey", marker=marker, label=name)
-    for axes in (left, middle, right):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+    for run, arm in RUNS.items():
+        style = dict(color=ARMS[arm][1], linestyle=SEEDS[run[-1]], marker=".", label=run)
+        distances, alignment = judged(run, "judge"), curve(run, "val_alignment")
+        losses, reference = [curve(r, "val_velocity_loss") for r in (run, vanilla_of(run))]
+        ahead = {s: 100 * (1 - losses[s] / reference[s]) for s in losses if s in reference}
+        if distances:
+            left.plot(list(distances), list(distances.values()), **style)
+        if ahead and arm != "vanilla":
+            middle.plot(list(ahead), list(ahead.values()), **style)
+        if alignment:
+            right.plot(list(alignment), list(alignment.values()), **style)
+    for row in read(FOLDER / "constant.csv"):
+        if row["weights"] == "tf_efficientnet_lite0":
+            right.axhline(float(row["cosine"]), color="grey", linewidth=1, label="constant")
+    middle.axhline(0, color="black", linewidth=1)
+    left.set(xlabel="step", ylabel="Fréchet distance (the judge's)", yscale="log")
+    middle.set(xlabel="step", ylabel="held-out velocity loss, % below vanilla's")
+    right.set(xlabel="step", ylabel="alignment (mean patch cosine)")
+    left.legend(fontsize="x-small")
+    right.legend(fontsize="x-small")
     figure.savefig("assets/results.png", dpi=90)
 
 
-def table(distances):
-    columns = "run, aligned at, held-out velocity loss, alignment, FD Lite2, FD judge, accuracy"
-    print(f"| {columns.replace(', ', ' | ')} |")
+def table():
+    print("| run | aligned at | velocity loss | alignment | FD judge | FD Lite2 | class seen |")
     print("| --- " * 7 + "|")
-    named = {f"{arm}-{seed}": place for arm, (place, _) in ARMS.items() for seed in SEEDS}
-    for run, place in {**named, "train": "real training images"}.items():
-        curves = [curve(run, column) for column in ("val_velocity_loss", "val_alignment")]
-        cells = [f"{x[max(x)]:.4f}" if x else "-" for x in curves]  # of the last step
-        for column, digits in dict(lite2=".1f", judge=".2f", accuracy=".1%").items():
-            text = distances.get(run, {}).get(column)
-            cells.append(format(float(text), digits) if text else "-")
+    for run, place in [(r, ARMS[a][0]) for r, a in RUNS.items()] + [("train", "real images")]:
+        cells = []
+        for column in ("val_velocity_loss", "val_alignment"):
+            values = curve(run, column)
+            cells.append(f"{values[max(values)]:.4f}" if values else "-")
+        for column, form in dict(judge=".2f", lite2=".0f", accuracy=".1%").items():
+            cells.append(" / ".join(format(x, form) for x in judged(run, column).values()) or "-")
         if set(cells) != {"-"}:
             print(f"| `{run}` | {place} | {' | '.join(cells)} |")
 
 
+def steps_to(value, values):
+    """The step at which {step: number} falls to the value, on straight lines between its points."""
+    points = list(values.items())
+    for (s, a), (s_next, b) in zip(points, points[1:]):
+        if a > value >= b:
+            return s + (s_next - s) * (a - value) / (a - b)
+
+
+def speed():
+    measures = {"velocity loss": (curve, "val_velocity_loss")}
+    measures["Fréchet distance (judge)"] = (judged, "judge")
+    for name, (get, column) in measures.items():
+        for run in RUNS:
+            goal, values = get(vanilla_of(run), column), get(run, column)
+            if goal and values and run != vanilla_of(run):
+                step = steps_to(list(goal.values())[-1], values)
+                when = "not reached" if step is None else f"step {step:.0f}"
+                print(f"{run}, {name} of vanilla at step {max(goal)}: {when}")
+
+
+def grids(runs=("vanilla-0", "repa6-0", "control6-0")):
+    """The first eight columns side by side."""
+    paths = [Path("runs", f"{run}-grid.png") for run in runs]
+    pictures = [Image.open(path) for path in paths if path.exists()]
+    if pictures:
+        width, height = pictures[0].size
+        both = Image.new("RGB", ((width + 16) * len(pictures) - 16, height), "white")
+        for i, picture in enumerate(pictures):
+            both.paste(picture, ((width + 16) * i, 0))
+        both.save("assets/grids.png", optimize=True)
+
+
 if __name__ == "__main__":
-    distances = {row["run"]: row for row in read(FOLDER / "distances.csv")}
-    draw(distances)
-    table(distances)
+    draw()
+    table()
+    speed()
+    grids()

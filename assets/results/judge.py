@@ -2,7 +2,7 @@
 
     python assets/results/judge.py train --data DIR --judge runs/judge.pt
     python assets/results/judge.py score --data DIR --judge runs/judge.pt --lite2 FILE \
-        --output distances.csv train runs/RUN-STEP.npz [...]
+        --output distances.csv --samples train runs/RUN-STEP.npz [...]
 
 One is a ResNet-10 of half the width, trained here on the same images to tell their classes, and of
 another family than the encoders. The other is EfficientNet-Lite2, kin of the encoder. For each .npz
@@ -101,10 +101,10 @@ def score(args):
 def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=["train", "score"])
-    parser.add_argument("samples", nargs="*", help="for score: .npz files of sample.py, or train")
+    parser.add_argument("--samples", nargs="+", help="for score: .npz files of sample.py, or train")
     parser.add_argument("--data", required=True, help="the folder that the runs were trained on")
     parser.add_argument("--judge", required=True, help="the judge's file")
-    parser.add_argument("--epochs", type=repa_mini.count, default=10, help="for train")
+    parser.add_argument("--epochs", type=repa_mini.count, default=8, help="for train")
     parser.add_argument("--seed", type=int, default=0, help="for train")
     parser.add_argument("--lite2", metavar="FILE", help="for score: EfficientNet-Lite2's weights")
     parser.add_argument("--output", default="distances.csv", help="for score: a CSV")

@@ -49,22 +49,21 @@ samples() {  # RUN STEP: 2,000 of them, 200 a class
   python sample.py --ckpt "runs/$1/checkpoint-$2.pt" --num-samples 2000 --num-steps 25 \
     --batch-size 250 --device cpu --dtype bfloat16 --compile --npz "runs/$1-$2.npz"
   python $results/judge.py score --data "$DATA" --judge runs/judge.pt --lite2 "$LITE2" \
-    --output $results/distances.csv "runs/$1-$2.npz"
+    --output $results/distances.csv --samples "runs/$1-$2.npz"
 }
 
-# The judge, and its floor: 2,000 real images. A target that knows no image.
+# The judge, and the least distance: of 2,000 real images. An encoder of random weights. And what a
+# prediction reaches that has seen no image, to read the alignment by.
 if [ ! -f runs/judge.pt ]; then
   python $results/judge.py train --data "$DATA" --judge runs/judge.pt
   python $results/judge.py score --data "$DATA" --judge runs/judge.pt --lite2 "$LITE2" \
-    --output $results/distances.csv train
+    --output $results/distances.csv --samples train
   python -c "import timm, torch; torch.manual_seed(0)
 torch.save(timm.create_model('tf_efficientnet_lite0').state_dict(), 'runs/random.pth')"
+  for weights in "$LITE0" runs/random.pth; do
+    python $results/constant.py "${common[@]}" --dtype float32 --encoder-weights "$weights"
+  done
 fi
-
-# What a prediction that has seen no image reaches, to read the alignment by.
-for weights in "$LITE0" runs/random.pth; do
-  python $results/constant.py "${common[@]}" --encoder-weights "$weights"
-done
 
 for run in $PILOTS; do
   train "$run" "${STAGES%% *}"
@@ -75,6 +74,8 @@ for run in $RUNS; do
     train "$run" "$step"
     samples "$run" "$step"
   done
+  python sample.py --ckpt "runs/$run/checkpoint.pt" --num-samples 80 --cfg-scale 2 --device cpu \
+    --output "runs/$run-grid.png"
   python sample.py --ckpt "runs/$run/checkpoint.pt" --cknna --data "$DATA" --device cpu \
     --encoder tf_efficientnet_lite0 --encoder-weights "$LITE0" --output "$results/cknna-$run.csv"
 done
