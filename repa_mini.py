@@ -12,7 +12,7 @@ the velocity of a path from data to noise, and pulls an early hidden state of it
 
 y is the class, y* = encoder(x) the target, h_t the hidden state, h_phi the projector. To run it:
 `python repa_mini.py --smoke` (a minute on a CPU) or `python repa_mini.py` (CIFAR-10, one GPU).
-"(Section ...)" is the paper's. sample.py shows what a trained model can do."""
+The sections named below are the paper's. sample.py shows what a trained model can do."""
 
 import argparse
 import copy
@@ -53,7 +53,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angles = t.float()[:, None] * frequencies  # (N, 128), in float32 as the authors have it
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 256)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # float64 in a float64 model
 
 
 def modulate(x, shift, scale):  # x (N, T, D); shift and scale (N, D), the same for every token
@@ -332,7 +332,8 @@ def draw_shapes(n, seed):
         circle = (rng.uniform(48, 80), rng.uniform(48, 80), rng.uniform(34, 46))  # centre, radius
         colour = f"hsv({36 * label}, {rng.uniform(80, 100)}%, {rng.uniform(70, 100)}%)"
         image = Image.new("RGB", (128, 128), f"hsv(0, 0%, {rng.uniform(0, 40)}%)")
-        ImageDraw.Draw(image).regular_polygon(circle, *POLYGONS[label], fill=colour)
+        corners, degrees = POLYGONS[label]
+        ImageDraw.Draw(image).regular_polygon(circle, corners, degrees, fill=colour)
         images.append(pil_to_tensor(image.reduce(4)))  # to 32 x 32, with soft edges
     return torch.stack(images), labels
 
@@ -348,7 +349,7 @@ def read_image(path):
 
 
 def load_split(dataset):
-    """A torchvision dataset of uint8 images -> images (N, 3, 32, 32), labels (N,)."""
+    """A dataset of pairs (uint8 tensor, label) -> images (N, 3, 32, 32), labels (N,)."""
     images, labels = zip(*tqdm(dataset, "loading images"))
     return torch.stack(images), torch.tensor(labels)
 
@@ -379,12 +380,13 @@ def load_data(folder=None, smoke=False):
 
 
 # ---- 6. Training
-USES = ["weights", "order", "batch", "grid", "evaluation", "sample", "sde"]  # of random numbers
+# What random numbers are drawn for; the last two in sample.py.
+USES = ["weights", "order", "batch", "grid", "evaluation", "sample", "sde"]
 
 
 def seed_for(use, seed, number=0):
-    """The seed for one use, such as the batch of step `number`: the digits of seed, number (seven)
-    and use (one), in a row, so that no two are equal. ("sample" and "sde" are sample.py's.)"""
+    """A seed of its own for each use, such as the batch of step `number`: the digits of the run's
+    seed, seven of number, one of use. seed_for("batch", 3, 12) is 3 0000012 2."""
     return (10 * (10_000_000 * seed + number) + USES.index(use)) % 2**63
 
 
@@ -395,7 +397,7 @@ def draw_batch(images, labels, step, null_label, args):
     are dropped, index (N,) of the images, and flip (N,), True where an image is mirrored."""
     n, device = args.batch_size, images.device
     epoch, i = divmod(step, len(images) // n)  # a last batch that would not be full is left out
-    # Each step draws the whole order of its epoch: so there is none to keep, or to restore.
+    # Each step draws its epoch's order anew, so that a resumed run need not remember it.
     g = torch.Generator(device).manual_seed(seed_for("order", args.seed, epoch))
     index = torch.randperm(len(images), generator=g, device=device)[i * n : (i + 1) * n]
     g = torch.Generator(device).manual_seed(seed_for("batch", args.seed, step))
@@ -435,7 +437,7 @@ def compile_in_place(modules, device):
 
 
 @torch.no_grad()
-def compute_targets(encoder, images, precision):
+def compute_targets(encoder, images, autocast):
     """Tokens (N, T, D) of all uint8 images, in half precision, where the images lie.
     Raises ValueError if there is no room for them."""
     shape = (len(images), *encoder.shape)
@@ -445,19 +447,19 @@ def compute_targets(encoder, images, precision):
         size = f"{2e-9 * math.prod(shape):.1f} GB of targets"  # two bytes a number
         raise UserError(f"no room for {size}: leave out --cache-targets") from error
     for i in tqdm(range(0, len(images), 100), "computing targets"):
-        with precision:
+        with autocast:
             targets[i : i + 100] = encoder(to_unit(images[i : i + 100]))
     return targets
 
 
 @torch.no_grad()
-def evaluate(model, images, labels, targets, path_type, precision):
+def evaluate(model, images, labels, targets, path_type, autocast):
     """Held-out velocity loss and, with targets (N, T, D), mean patch cosine, as {name: number}.
     Noise and times are the same in every evaluation of every run. All images are one batch."""
     g = torch.Generator().manual_seed(seed_for("evaluation", seed=0))
     noise = torch.randn(images.shape, generator=g).to(images.device)
     t = torch.rand(len(images), generator=g).to(images.device)
-    with precision:
+    with autocast:
         losses = training_losses(model, to_unit(images), noise, t, labels, targets, path_type)
     if targets is None:
         return dict(val_velocity_loss=losses[0].item())
@@ -466,14 +468,13 @@ def evaluate(model, images, labels, targets, path_type, precision):
 
 def means(history, scaled):
     """{name: mean} of {name: [numbers of the steps since the last row]}.
-    Raises ValueError if one is not finite. But with fp16's GradScaler (`scaled`) gradients may
-    overflow, since it skips such a step: their norms are left out."""
+    Raises ValueError if one is not finite. fp16's GradScaler (`scaled`) skips the steps whose
+    gradients overflow: there only the loss must be finite, and other numbers may be left out."""
     result = {}
     for name, values in history.items():
         values = torch.stack(values).cpu()
         finite = values[values.isfinite()]
-        may_overflow = scaled and name != "loss"
-        if len(finite) < len(values) and not may_overflow:
+        if len(finite) < len(values) and (name == "loss" or not scaled):
             raise UserError(f"{name} is no longer finite: try a smaller --learning-rate")
         if len(finite) > 0:
             result[name] = finite.mean().item()
@@ -492,14 +493,13 @@ def write_metrics(path, rows):
 def save_checkpoint(path, state):
     """Write to a temporary file, rename: `path` always holds one complete checkpoint."""
     buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(state, buffer)  # into a file it would hide the errors of a full disk, or Ctrl-C
+    torch.save(state, buffer)  # its zip writer would make a full disk an error of its own
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
 
 
 def load_checkpoint(path, mmap=False):
-    """A checkpoint, on the CPU (with `mmap` what is used of it); nothing in the file is executed.
-    Raises ValueError or OSError."""
+    """A checkpoint, on the CPU; nothing in it is executed, with mmap only what is used is read."""
     open(path, "rb").close()  # raises if there is no such file, or a folder, or no permission
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -513,15 +513,16 @@ def load_checkpoint(path, mmap=False):
 def train(args):
     """Train as the options say, with --resume from the checkpoint in that folder on."""
     state = load_checkpoint(Path(args.resume, "checkpoint.pt")) if args.resume else {}
-    device, dtype, precision = pick_device(args.device, args.dtype)
+    device, dtype, autocast = pick_device(args.device, args.dtype)
     torch.set_float32_matmul_precision("high")  # TF32
 
     # Encoder and data. All pixels stay on the device.
     encoder = None
     if args.proj_coeff > 0:
         grid_size = 32 // SIT_MODELS[args.model]["patch_size"]
-        encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights, not args.smoke)
-        encoder.to(device)
+        encoder = TargetEncoder(
+            args.encoder, grid_size, args.encoder_weights, pretrained=not args.smoke
+        ).to(device)
     *splits, classes = load_data(args.data, args.smoke)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in splits]
     if args.batch_size > len(images):
@@ -531,7 +532,7 @@ def train(args):
         raise UserError(f"the checkpoint was trained on {state['data']}, here are {data}")
     every = math.ceil(len(val_images) / 1000)  # at most 1,000 are looked at, in one batch
     val_images, val_labels = val_images[::every], val_labels[::every]
-    val_targets = compute_targets(encoder, val_images, precision) if encoder else None
+    val_targets = compute_targets(encoder, val_images, autocast) if encoder else None
 
     # The model, its moving average, the optimizer, and how far they have come.
     torch.manual_seed(seed_for("weights", args.seed))
@@ -554,8 +555,8 @@ def train(args):
     if args.compile or (args.compile is None and device.type == "cuda"):
         compile_in_place([m for m in (model, ema, encoder) if m], device)
     if encoder and args.cache_targets:
-        cached = compute_targets(encoder, images, precision)
-        cached_flipped = compute_targets(encoder, images.flip(-1), precision)
+        cached = compute_targets(encoder, images, autocast)
+        cached_flipped = compute_targets(encoder, images.flip(-1), autocast)
     grid_labels = torch.arange(min(10, len(classes)), device=device).repeat_interleave(10)
     g = torch.Generator().manual_seed(seed_for("grid", seed=0))
     grid_noise = torch.randn(len(grid_labels), 3, 32, 32, generator=g).to(device)
@@ -567,13 +568,14 @@ def train(args):
         x, noise, t, y, index, flip = draw_batch(images, labels, step, len(classes), args)
 
         # 2. The losses: L = L_velocity + lambda L_REPA.
-        with precision:
+        with autocast:
             if encoder is None or step >= args.repa_stop_step:
                 z = None
             elif args.cache_targets:
                 z = torch.where(flip[:, None, None], cached_flipped[index], cached[index])
             else:
                 z = encoder(x)
+            model.projectors.requires_grad_(z is not None)  # so that AdamW leaves it alone without
             velocity_loss, proj_loss = training_losses(model, x, noise, t, y, z, args.path_type)
         loss = velocity_loss
         logged = dict(velocity_loss=velocity_loss)
@@ -585,10 +587,6 @@ def train(args):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        # Without targets the projector is not used. A compiled model still gives it gradients of 0,
-        # and AdamW would move it on from its momentum; what has gradients of None it leaves alone.
-        if z is None:
-            model.projectors.zero_grad(set_to_none=True)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
@@ -607,8 +605,8 @@ def train(args):
             row |= means(history, scaler.is_enabled())  # raises: no NaN is ever saved
             history.clear()
         if last or done % args.eval_every == 0:
-            row |= evaluate(ema, val_images, val_labels, val_targets, args.path_type, precision)
-            with precision:
+            row |= evaluate(ema, val_images, val_labels, val_targets, args.path_type, autocast)
+            with autocast:
                 samples = sample_ode(ema, grid_noise, grid_labels)
             save_image(to_pixels(samples) / 255, folder / f"samples_{done:07d}.png", nrow=10)
         if row:
@@ -642,7 +640,8 @@ def number(text):  # for argparse's type=
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)  # short errors
+    # Without the usage an error is a single line.
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
     add = parser.add_argument
     add("--smoke", action="store_true", help="a run of a minute on a CPU, without any download")
     add("--data", metavar="DIR", help="of <class>/<image>, or of train/ and test/ with that")
@@ -673,7 +672,8 @@ def build_parser():
 
 
 def run(argv):
-    """Parse and train. With --resume the checkpoint's options are the defaults."""
+    """Parse and train. An option is what was typed; or else what the checkpoint of --resume has; or
+    else what --smoke has; or else the parser's default."""
     parser = build_parser()
     args = parser.parse_args(argv)  # a first look: is there --smoke or --resume?
     if args.smoke:
@@ -682,7 +682,7 @@ def run(argv):
     if args.resume:
         config = load_checkpoint(Path(args.resume, "checkpoint.pt"), mmap=True)["config"]
     parser.set_defaults(**config)
-    args = parser.parse_args(argv)  # what was typed goes before these defaults
+    args = parser.parse_args(argv)
     for name, value in config.items():
         if name not in FREE_ON_RESUME and getattr(args, name) != value:
             raise UserError(f"the checkpoint has another {name}, {value}: leave it out")
@@ -700,7 +700,7 @@ def run(argv):
 
 
 def main(argv=None, program=run):
-    """The exit code of `run`, or of sample.py's: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Exit code of `program`, which sample.py gives: 0, 2 after a user's mistake, 130 stopped."""
     try:
         program(argv)
         return 0

@@ -113,7 +113,7 @@ def draw_samples(args, state):
     for numbers in tqdm(torch.arange(len(labels)).split(args.batch_size), "batches"):
         noise = starting_noise(args.seed, numbers.tolist()).to(args.device)
         y = labels[numbers].to(args.device)
-        with args.precision:
+        with args.autocast:
             if args.mode == "ode":
                 x = repa_mini.sample_ode(model, noise, y, args.num_steps, args.heun, **guidance)
             else:
@@ -164,7 +164,7 @@ def trajectory(model, noise, y, times, args, path_type):
     noisy, clean = [], []
     for t, t_next in zip(times, times[1:]):
         scale = args.cfg_scale if args.guidance_low <= t <= args.guidance_high else 1
-        with args.precision:
+        with args.autocast:
             v = repa_mini.guided_velocity(model, x, t, y, scale)
         alpha, sigma, d_alpha, d_sigma = interpolant(torch.tensor(t), path_type)
         noisy.append(x)
@@ -339,7 +339,7 @@ def pooled_states(model, encoder, images, args, path_type):
     for numbers in tqdm(torch.arange(len(images)).split(100), "hidden states"):
         x = to_unit(images[numbers].to(args.device))
         y = no_label(model, len(x))
-        with args.precision:
+        with args.autocast:
             targets.append(encoder(x).mean(1).float().cpu())
             for t in TIMES:
                 x_t = noisy_images(x, t, numbers.tolist(), path_type)
@@ -511,7 +511,7 @@ def run(argv):
     """Parse, check, and show what was asked for."""
     args = build_parser().parse_args(argv)
     check_paths(args)
-    args.device, _, args.precision = repa_mini.pick_device(args.device, args.dtype)
+    args.device, _, args.autocast = repa_mini.pick_device(args.device, args.dtype)
     state = repa_mini.load_checkpoint(args.ckpt, mmap=True)
     args.classes = args.classes or list(range(state["sit"]["num_classes"]))
     check_sampling(args, state["sit"])

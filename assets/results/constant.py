@@ -24,7 +24,7 @@ def run(argv):
     if parser.parse_args(argv).smoke:
         parser.set_defaults(**repa_mini.SMOKE)
     args = parser.parse_args(argv)
-    device, _, precision = repa_mini.pick_device(args.device, args.dtype)
+    device, _, autocast = repa_mini.pick_device(args.device, args.dtype)
     grid_size = 32 // repa_mini.SIT_MODELS[args.model]["patch_size"]
     weights, pretrained = args.encoder_weights, not args.smoke
     encoder = repa_mini.TargetEncoder(args.encoder, grid_size, weights, pretrained).to(device)
@@ -32,9 +32,9 @@ def run(argv):
     images = images[evenly(2000, len(images))].to(device)
     val_images = val_images[:: math.ceil(len(val_images) / 1000)].to(device)  # as train() has it
 
-    tokens = repa_mini.compute_targets(encoder, images, precision).float()  # (N, T, D)
+    tokens = repa_mini.compute_targets(encoder, images, autocast).float()  # (N, T, D)
     constant = F.normalize(tokens, dim=-1).mean(0)  # (T, D)
-    targets = repa_mini.compute_targets(encoder, val_images, precision).float()
+    targets = repa_mini.compute_targets(encoder, val_images, autocast).float()
     cosine = F.cosine_similarity(constant, targets, dim=-1).mean().item()
     row = dict(encoder=args.encoder, weights=Path(args.encoder_weights or "random").stem)
     row.update(images=len(images), held_out=len(val_images), cosine=round(cosine, 4))

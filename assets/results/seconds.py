@@ -42,13 +42,13 @@ def make_step(model, n, repa, dtype, compiled, fused):
     if compiled:
         sit.compile()
     optimizer = torch.optim.AdamW(sit.parameters(), 1e-4, weight_decay=0, fused=True)
-    _, _, precision = repa_mini.pick_device("cpu", dtype)
+    _, _, autocast = repa_mini.pick_device("cpu", dtype)
     x, y = torch.rand(n, 3, 32, 32) * 2 - 1, torch.randint(0, 10, (n,))
     z = torch.randn(n, sit.grid_size**2, 112) if repa else None
 
     def step():
         noise, t = torch.randn_like(x), torch.rand(n)
-        with precision:
+        with autocast:
             losses = repa_mini.training_losses(sit, x, noise, t, y, z)
         optimizer.zero_grad()
         sum(loss for loss in losses if loss is not None).backward()
