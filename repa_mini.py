@@ -164,9 +164,9 @@ class SiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c)), z_tilde
 
 
-# The SiT paper's sizes with the REPA authors' encoder depths, and a Ti for laptops.
+# The SiT paper's sizes with the REPA authors' encoder depths, and a Ti, with that of our runs.
 SIT_SIZES = {
-    "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=2),
+    "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=4),
     "S": dict(hidden_size=384, depth=12, num_heads=6, encoder_depth=4),
     "B": dict(hidden_size=768, depth=12, num_heads=12, encoder_depth=4),
     "L": dict(hidden_size=1024, depth=24, num_heads=16, encoder_depth=8),
@@ -426,7 +426,7 @@ def pick_device(name, dtype=None):
 
 
 def compile_in_place(modules, device):
-    """torch.compile every module. Raises ValueError where the machine lacks what that needs."""
+    """torch.compile every module, after a trial: ValueError if the machine lacks a compiler."""
     try:
         torch.compile(nn.SiLU())(torch.ones(2, device=device))
     except Exception as error:  # a missing C compiler or Triton shows in many types
@@ -493,7 +493,7 @@ def write_metrics(path, rows):
 def save_checkpoint(path, state):
     """Write to a temporary file, rename: `path` always holds one complete checkpoint."""
     buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(state, buffer)  # its zip writer would make a full disk an error of its own
+    torch.save(state, buffer)  # into the file, it would not raise OSError on a full disk
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
 
@@ -575,7 +575,7 @@ def train(args):
                 z = torch.where(flip[:, None, None], cached_flipped[index], cached[index])
             else:
                 z = encoder(x)
-            model.projectors.requires_grad_(z is not None)  # so that AdamW leaves it alone without
+            model.projectors.requires_grad_(z is not None)  # for AdamW to leave it as it is
             velocity_loss, proj_loss = training_losses(model, x, noise, t, y, z, args.path_type)
         loss = velocity_loss
         logged = dict(velocity_loss=velocity_loss)

@@ -17,11 +17,7 @@ ARMS = {  # where the arm is aligned, and its colour
     "repa2": ("block 2", "tab:blue"),
     "repa4": ("block 4", "tab:green"),
     "repa6": ("block 6", "tab:red"),
-    "control6": ("block 6, another image's targets", "tab:orange"),
-    "stop6": ("block 6, until step 2,000", "tab:purple"),
-    "quarter6": ("block 6, lambda 0.25", "tab:pink"),
-    "double6": ("block 6, lambda 2", "tab:brown"),
-    "random6": ("block 6, random encoder", "tab:olive"),
+    "control4": ("block 4, another image's targets", "tab:orange"),
 }
 SEEDS = {"0": "-", "1": "--"}  # and their lines
 RUNS = {f"{arm}-{seed}": arm for arm in ARMS for seed in SEEDS}
@@ -107,7 +103,7 @@ def speed():
                 print(f"{run}, {name} of vanilla at step {max(goal)}: {when}")
 
 
-def grids(runs=("vanilla-0", "repa6-0", "control6-0")):
+def grids(runs=("vanilla-0", "repa4-0", "control4-0")):
     """The first eight columns side by side."""
     paths = [Path("runs", f"{run}-grid.png") for run in runs]
     pictures = [Image.open(path) for path in paths if path.exists()]

@@ -10,35 +10,28 @@ set -euo pipefail
 DATA=${DATA:?a folder with train/CLASS/IMAGE and test/CLASS/IMAGE}
 LITE0=${LITE0:?a file with the weights of tf_efficientnet_lite0, which gives the targets}
 LITE2=${LITE2:?a file with the weights of tf_efficientnet_lite2, a judge}
-RUNS=${RUNS:-vanilla-0 repa6-0 control6-0 vanilla-1 repa6-1 control6-1}  # to the last of STAGES
-STAGES=${STAGES:-2000 4000 8000}
-PILOTS=${PILOTS:-repa4-0 repa2-0}  # to the first of STAGES
+RUNS=${RUNS:-vanilla-0:8000 repa2-0:2000 repa6-0:4000 repa4-0:8000 control4-0:8000
+  vanilla-1:4000 repa4-1:4000 control4-1:4000}  # to which step
 export OMP_NUM_THREADS=1  # one core a run: several may run at once, with different RUNS
 export TIMM_FUSED_ATTN=0  # torch 2.14's fused attention is slow on a CPU, backwards in bfloat16
 results=assets/results
 common=(--data "$DATA" --model SiT-Ti/4 --projector-dim 512 --batch-size 64 --learning-rate 1e-3
   --eval-every 500 --checkpointing-steps 2000 --device cpu --dtype bfloat16 --compile
-  --encoder tf_efficientnet_lite0 --cache-targets)
+  --encoder tf_efficientnet_lite0 --encoder-weights "$LITE0" --cache-targets)
 mkdir -p runs
 
-train() {  # RUN STEP: on to that step. repa6-0 is aligned at block 6, with seed 0
-  local folder=runs/$1 arm=${1%-*} seed=${1##*-} weights=$LITE0
+train() {  # RUN STEP: on to that step. repa4-0 is aligned at block 4, with seed 0
+  local folder=runs/$1 arm=${1%-*} seed=${1##*-}
   local options=(--encoder-depth "${arm: -1}")
-  case $arm in
-    vanilla) options=(--proj-coeff 0) ;;
-    stop*) options+=(--repa-stop-step 2000) ;;
-    quarter*) options+=(--proj-coeff 0.25) ;;
-    double*) options+=(--proj-coeff 2) ;;
-    random*) weights=runs/random.pth ;;
-  esac
-  local control=0
+  local control=""
+  if [ "$arm" = vanilla ]; then options=(--proj-coeff 0); fi
   if [[ $arm == control* ]]; then control=1; fi
   if [ -f "$folder/checkpoint-$2.pt" ]; then return; fi
   if [ -f "$folder/checkpoint.pt" ]; then
     CONTROL=$control python $results/arm.py --resume "$folder" --max-train-steps "$2"
   else
-    CONTROL=$control python $results/arm.py "${common[@]}" --encoder-weights "$weights" \
-      "${options[@]}" --seed "$seed" --output-dir "$folder" --max-train-steps "$2"
+    CONTROL=$control python $results/arm.py "${common[@]}" "${options[@]}" \
+      --seed "$seed" --output-dir "$folder" --max-train-steps "$2"
   fi
   cp "$folder/checkpoint.pt" "$folder/checkpoint-$2.pt"
   cp "$folder/metrics.csv" "$results/$1.csv"
@@ -52,27 +45,22 @@ samples() {  # RUN STEP: 2,000 of them, 200 a class
     --output $results/distances.csv --samples "runs/$1-$2.npz"
 }
 
-# The judge, and the least distance: of 2,000 real images. An encoder of random weights. And what a
-# prediction reaches that has seen no image, to read the alignment by.
+# The judge, and the least distance: of 2,000 real images. And what a prediction reaches that has
+# seen no image, to read the alignment by.
 if [ ! -f runs/judge.pt ]; then
   python $results/judge.py train --data "$DATA" --judge runs/judge.pt
   python $results/judge.py score --data "$DATA" --judge runs/judge.pt --lite2 "$LITE2" \
     --output $results/distances.csv --samples train
-  python -c "import timm, torch; torch.manual_seed(0)
-torch.save(timm.create_model('tf_efficientnet_lite0').state_dict(), 'runs/random.pth')"
-  for weights in "$LITE0" runs/random.pth; do
-    python $results/constant.py "${common[@]}" --dtype float32 --encoder-weights "$weights"
-  done
+  python $results/constant.py "${common[@]}" --dtype float32
 fi
 
-for run in $PILOTS; do
-  train "$run" "${STAGES%% *}"
-  samples "$run" "${STAGES%% *}"
-done
-for run in $RUNS; do
-  for step in $STAGES; do
-    train "$run" "$step"
-    samples "$run" "$step"
+for item in $RUNS; do
+  run=${item%:*}
+  for step in 2000 4000 8000; do
+    if [ "$step" -le "${item#*:}" ]; then
+      train "$run" "$step"
+      samples "$run" "$step"
+    fi
   done
   python sample.py --ckpt "runs/$run/checkpoint.pt" --num-samples 80 --cfg-scale 2 --device cpu \
     --output "runs/$run-grid.png"
