@@ -164,7 +164,7 @@ class SiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c)), z_tilde
 
 
-# The SiT paper's sizes with the REPA authors' encoder depths, and a Ti, with that of our runs.
+# The SiT paper's sizes with the REPA authors' encoder depths. Ti and its depth are ours (README).
 SIT_SIZES = {
     "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=4),
     "S": dict(hidden_size=384, depth=12, num_heads=6, encoder_depth=4),
@@ -411,8 +411,8 @@ def draw_batch(images, labels, step, null_label, args):
 
 
 def pick_device(name, dtype=None):
-    """The named device, or the accelerator that is there, or the CPU; the named dtype, by default
-    bfloat16 on CUDA, float16 on a T4, float32 elsewhere; and autocast to it. Raises ValueError."""
+    """The named device (ValueError if it is not here; default: the accelerator or the CPU), dtype
+    (default: bfloat16 on CUDA, float16 on a T4, else float32), and autocast to it, for many uses."""
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(name or here)
@@ -428,7 +428,7 @@ def pick_device(name, dtype=None):
 def compile_in_place(modules, device):
     """torch.compile every module, after a trial: ValueError if the machine lacks a compiler."""
     try:
-        torch.compile(nn.SiLU())(torch.ones(2, device=device))
+        torch.compile(nn.SiLU())(torch.ones(2, device=device))  # the trial
     except Exception as error:  # a missing C compiler or Triton shows in many types
         raise UserError("torch.compile does not work on this machine: --no-compile") from error
     for module in modules:
@@ -467,9 +467,9 @@ def evaluate(model, images, labels, targets, path_type, autocast):
 
 
 def means(history, scaled):
-    """{name: mean} of {name: [numbers of the steps since the last row]}.
-    Raises ValueError if one is not finite. fp16's GradScaler (`scaled`) skips the steps whose
-    gradients overflow: there only the loss must be finite, and other numbers may be left out."""
+    """{name: mean} of {name: [numbers of the steps since the last row]}. All must be finite, or it
+    raises ValueError. But fp16's GradScaler (`scaled`) skips steps whose gradients overflow: there
+    all but the loss may be infinite, and is left out."""
     result = {}
     for name, values in history.items():
         values = torch.stack(values).cpu()
@@ -493,7 +493,7 @@ def write_metrics(path, rows):
 def save_checkpoint(path, state):
     """Write to a temporary file, rename: `path` always holds one complete checkpoint."""
     buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(state, buffer)  # into the file, it would not raise OSError on a full disk
+    torch.save(state, buffer)  # to the file itself it would not raise OSError on a full disk
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
 
@@ -505,7 +505,7 @@ def load_checkpoint(path, mmap=False):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch, zip and pickle raise many types
         raise UserError(f"{path} is truncated, no checkpoint, or would execute code") from error
-    if not isinstance(state, dict) or "repa_mini" not in state:
+    if not isinstance(state, dict) or "ema" not in state:
         raise UserError(f"{path} is no checkpoint of repa_mini.py")
     return state
 
@@ -522,7 +522,7 @@ def train(args):
         grid_size = 32 // SIT_MODELS[args.model]["patch_size"]
         encoder = TargetEncoder(
             args.encoder, grid_size, args.encoder_weights, pretrained=not args.smoke
-        ).to(device)
+        ).to(device)  # --smoke downloads nothing
     *splits, classes = load_data(args.data, args.smoke)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in splits]
     if args.batch_size > len(images):
@@ -575,7 +575,7 @@ def train(args):
                 z = torch.where(flip[:, None, None], cached_flipped[index], cached[index])
             else:
                 z = encoder(x)
-            model.projectors.requires_grad_(z is not None)  # for AdamW to leave it as it is
+            model.projectors.requires_grad_(z is not None)  # frozen without targets
             velocity_loss, proj_loss = training_losses(model, x, noise, t, y, z, args.path_type)
         loss = velocity_loss
         logged = dict(velocity_loss=velocity_loss)
@@ -615,7 +615,7 @@ def train(args):
             bar.write(", ".join(f"{name} {value:.5g}" for name, value in rows[-1].items()))
         if save:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state.update(repa_mini=1, config=vars(args), sit=sit, data=data, step=done, rows=rows)
+            state.update(config=vars(args), sit=sit, data=data, step=done, rows=rows)
             save_checkpoint(folder / "checkpoint.pt", state)
 
 
@@ -700,7 +700,7 @@ def run(argv):
 
 
 def main(argv=None, program=run):
-    """Exit code of `program`, which sample.py gives: 0, 2 after a user's mistake, 130 stopped."""
+    """Run this program, or sample.py's. Returns the exit code: 0, 2 (a mistake), 130 (stopped)."""
     try:
         program(argv)
         return 0

@@ -905,7 +905,7 @@ def test_files_of_another_kind_are_refused_and_not_executed(train, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pt"
     contents = {"another dict": dict(model={}, steps=1), "a list": [1, 2], "code": dict(ema=Trap())}
-    torch.save(contents.get(kind, dict(repa_mini=1, ema=torch.zeros(1000))), path)
+    torch.save(contents.get(kind, dict(ema=torch.zeros(1000))), path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:2000])
     if kind == "text":
