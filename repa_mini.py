@@ -412,7 +412,7 @@ def draw_batch(images, labels, step, null_label, args):
 
 def pick_device(name, dtype=None):
     """The named device (ValueError if it is not here; default: the accelerator or the CPU), dtype
-    (default: bfloat16 on CUDA, float16 on a T4, else float32), and autocast to it, for many uses."""
+    (default: bfloat16 on CUDA, float16 on a T4, else float32), and autocast to it, for all uses."""
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(name or here)
