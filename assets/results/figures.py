@@ -61,7 +61,7 @@ def draw():
         if row["weights"] == "tf_efficientnet_lite0":
             right.axhline(float(row["cosine"]), color="grey", linewidth=1, label="constant")
     middle.axhline(0, color="black", linewidth=1)
-    left.set(xlabel="step", ylabel="Fréchet distance (the judge's)", yscale="log")
+    left.set(xlabel="step", ylabel="Fréchet distance (the judge's)")
     middle.set(xlabel="step", ylabel="held-out velocity loss, % below vanilla's")
     right.set(xlabel="step", ylabel="alignment (mean patch cosine)")
     left.legend(fontsize="x-small")
@@ -70,22 +70,25 @@ def draw():
 
 
 def table():
-    print("| run | aligned at | velocity loss | alignment | FD judge | FD Lite2 | class seen |")
-    print("| --- " * 7 + "|")
+    head = "run, aligned at, steps, velocity loss, alignment, FD judge, FD Lite2, class seen"
+    print(f"| {head.replace(', ', ' | ')} |")
+    print("| --- " * 8 + "|")
     for run, place in [(r, ARMS[a][0]) for r, a in RUNS.items()] + [("train", "real images")]:
-        cells = []
+        cells = [f"{max(curve(run, 'loss'), default=0):,}"]
         for column in ("val_velocity_loss", "val_alignment"):
             values = curve(run, column)
             cells.append(f"{values[max(values)]:.4f}" if values else "-")
         for column, form in dict(judge=".2f", lite2=".0f", accuracy=".1%").items():
             cells.append(" / ".join(format(x, form) for x in judged(run, column).values()) or "-")
-        if set(cells) != {"-"}:
+        if set(cells[1:]) != {"-"}:
             print(f"| `{run}` | {place} | {' | '.join(cells)} |")
 
 
 def steps_to(value, values):
-    """The step at which {step: number} falls to the value, on straight lines between its points."""
+    """The step by which {step: number} falls to the value, on straight lines between its points."""
     points = list(values.items())
+    if points[0][1] <= value:
+        return points[0][0]
     for (s, a), (s_next, b) in zip(points, points[1:]):
         if a > value >= b:
             return s + (s_next - s) * (a - value) / (a - b)
@@ -97,10 +100,11 @@ def speed():
     for name, (get, column) in measures.items():
         for run in RUNS:
             goal, values = get(vanilla_of(run), column), get(run, column)
-            if goal and values and run != vanilla_of(run):
-                step = steps_to(list(goal.values())[-1], values)
-                when = "not reached" if step is None else f"step {step:.0f}"
-                print(f"{run}, {name} of vanilla at step {max(goal)}: {when}")
+            last = max(values, default=None)
+            if last in goal and run != vanilla_of(run):
+                step = steps_to(goal[last], values)
+                when = "not reached" if step is None else f"by step {step:.0f}"
+                print(f"{run}, {name} of vanilla at step {last}: {when}")
 
 
 def grids(runs=("vanilla-0", "repa4-0", "control4-0")):
