@@ -11,7 +11,7 @@ DATA=${DATA:?a folder with train/CLASS/IMAGE and test/CLASS/IMAGE}
 LITE0=${LITE0:?a file with the weights of tf_efficientnet_lite0, which gives the targets}
 LITE2=${LITE2:?a file with the weights of tf_efficientnet_lite2, a judge}
 RUNS=${RUNS:-vanilla-0:8000 repa2-0:2000 repa6-0:4000 repa4-0:8000 control4-0:8000
-  vanilla-1:4000 repa4-1:4000 control4-1:4000}  # to which step
+  vanilla-1:4000 repa4-1:2000 control4-1:2000}  # to which step
 export OMP_NUM_THREADS=1  # one core a run: several may run at once, with different RUNS
 export TIMM_FUSED_ATTN=0  # torch 2.14's fused attention is slow on a CPU, backwards in bfloat16
 results=assets/results
