@@ -67,8 +67,7 @@ def seeded(use, seed=0, number=0):
     return torch.Generator().manual_seed(repa_mini.seed_for(use, seed, number))
 
 
-def at(t, path_type):
-    """interpolant at one time, as four Python floats."""
+def at(t, path_type):  # interpolant at one time, as four Python floats
     return [float(a) for a in interpolant(torch.tensor(t, dtype=torch.float64), path_type)]
 
 
@@ -481,8 +480,7 @@ def test_every_step_is_drawn_anew_from_seed_and_step_and_an_epoch_shows_every_im
     for other in (drawn(4), drawn(3, seed=1), drawn(8)):
         assert not any(torch.equal(a, b) for a, b in zip(other, drawn(3)))
     uses = itertools.product(repa_mini.USES, (0, 1, 2), range(2000))
-    # A generator on the CPU keeps the lower 32 bits.
-    seeds = [repa_mini.seed_for(*use) % 2**32 for use in uses]
+    seeds = [repa_mini.seed_for(*use) % 2**32 for use in uses]  # the bits that a CPU keeps
     assert len(set(seeds)) == len(seeds)  # no two uses share a seed
 
 
@@ -988,7 +986,7 @@ def show(run, *options):
 
 def start(numbers, seed=0):
     """The noise that image `number` starts from."""
-    generators = [seeded("sample", seed, number) for number in numbers]
+    generators = [seeded("sample", seed, i) for i in numbers]
     return torch.stack([torch.randn(3, 32, 32, generator=g) for g in generators])
 
 
