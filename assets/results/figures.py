@@ -73,8 +73,11 @@ def table():
     head = "run, aligned at, steps, velocity loss, alignment, FD judge, FD Lite2, class seen"
     print(f"| {head.replace(', ', ' | ')} |")
     print("| --- " * 8 + "|")
-    for run, place in [(r, ARMS[a][0]) for r, a in RUNS.items()] + [("train", "real images")]:
-        cells = [f"{max(curve(run, 'loss'), default=0):,}"]
+    for run, place in [(r, ARMS[a][0]) for r, a in RUNS.items()] + [
+        ("train", "real training images")
+    ]:
+        steps = curve(run, "loss")
+        cells = [f"{max(steps):,}" if steps else "-"]
         for column in ("val_velocity_loss", "val_alignment"):
             values = curve(run, column)
             cells.append(f"{values[max(values)]:.4f}" if values else "-")
