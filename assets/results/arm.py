@@ -1,11 +1,12 @@
-"""arm.py: repa_mini.py for many runs on the same images; takes the same options.
+"""arm.py: repa_mini.py for the runs of the results. It takes the same options.
 
-    python assets/results/arm.py --cache-targets [...]     the same run
-    CONTROL=1 python assets/results/arm.py [...]           each image gets another image's targets
+    python assets/results/arm.py --cache-targets [...]
+    CONTROL=1 python assets/results/arm.py --cache-targets [...]
 
-Two things differ. Cached targets are kept in runs/targets-*.pt, since all runs need the same ones.
-And with CONTROL=1 training, but not evaluation, takes the targets of the next image of the batch:
-the statistics of the targets stay, what they say about the image goes."""
+Two things differ. The cached targets are kept in runs/targets-*.pt, since many runs need the same
+ones. And with CONTROL=1 each image of a training batch gets the targets of another image of the
+batch: the targets keep their statistics, but say nothing about the image.
+"""
 
 import contextlib
 import hashlib
@@ -22,7 +23,7 @@ compute_targets = repa_mini.compute_targets
 training_losses = repa_mini.training_losses
 
 
-def targets_on_disk(encoder, images, precision):
+def targets_on_disk(encoder, images, autocast):
     """compute_targets in float32, or what an earlier run has computed for encoder and images."""
     digest = hashlib.sha256(images.numpy().tobytes())
     for name, p in encoder.state_dict().items():
@@ -31,19 +32,19 @@ def targets_on_disk(encoder, images, precision):
     if not path.exists():
         encoder.model.to(memory_format=torch.channels_last)  # faster for CNNs
         part = path.with_suffix(f".{os.getpid()}")
-        torch.save(compute_targets(encoder, images, contextlib.nullcontext()), part)
+        torch.save(compute_targets(encoder, images, contextlib.nullcontext), part)
         part.replace(path)
     return torch.load(path, mmap=True)  # in memory once, however many runs read it
 
 
-def losses_of_others_targets(model, x, noise, t, y, z=None, path_type="linear"):
+def losses_with_other_targets(model, x, noise, t, y, z=None, path_type="linear"):
     if model.training and z is not None:
-        z = z[torch.arange(len(z)) - 1]  # roll(1, 0), which fails on half precision in autocast
+        z = z[torch.arange(len(z)) - 1]
     return training_losses(model, x, noise, t, y, z, path_type)
 
 
 if __name__ == "__main__":
     repa_mini.compute_targets = targets_on_disk
     if os.environ.get("CONTROL"):
-        repa_mini.training_losses = losses_of_others_targets
-    sys.exit(repa_mini.main())
+        repa_mini.training_losses = losses_with_other_targets
+    repa_mini.main()

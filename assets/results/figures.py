@@ -1,129 +1,134 @@
-"""figures.py: the README's figure, grids and table, from what run.sh has left.
+"""figures.py: the README's figure and table, from what run.sh has left.
 
     pip install matplotlib && python assets/results/figures.py
 
-RUN.csv and distances.csv make assets/results.png, the table and the steps to vanilla's last value;
-runs/RUN-grid.png make assets/grids.png. What is not there is left out."""
+It reads ARM-SEED.csv (metrics.csv of a run), distances.csv and losses-ARM-SEED.csv in
+assets/results, for whatever arms and seeds are there, draws assets/results.png and prints the
+table. Lines are means over the seeds, the shaded range is from the smallest to the largest.
+"""
 
 import csv
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from PIL import Image
 
 FOLDER = Path("assets/results")
-ARMS = {  # where the arm is aligned, and its colour
-    "vanilla": ("-", "black"),
-    "repa2": ("block 2", "tab:blue"),
-    "repa4": ("block 4", "tab:green"),
-    "repa6": ("block 6", "tab:red"),
-    "control4": ("block 4, another image's targets", "tab:orange"),
+ARMS = {  # arm -> what it is, and its colour
+    "vanilla": ("vanilla", "black"),
+    "repa2": ("REPA at block 2", "tab:green"),
+    "control2": ("another image's targets", "tab:orange"),
+    "random2": ("encoder with random weights", "tab:purple"),
 }
-SEEDS = {"0": "-", "1": "--"}  # and their lines
-RUNS = {f"{arm}-{seed}": arm for arm in ARMS for seed in SEEDS}
 
 
-def read(path):  # a CSV's rows, none if it is not there
-    if not path.exists():
-        return []
+def read(path):
+    """The rows of a CSV file, as dicts."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def curve(run, column):  # {step: number}, where the run has measured it
-    rows = read(FOLDER / f"{run}.csv")
-    return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
+def runs_of(arm):
+    """The names of the arm's runs: ARM-SEED."""
+    return sorted(path.stem for path in FOLDER.glob(f"{arm}-[0-9].csv"))
 
 
-def judged(run, column):  # the same of distances.csv
-    rows = read(FOLDER / "distances.csv")
-    return {int(row["step"]): float(row[column]) for row in rows if row["run"] == run}
+def curves(arm, column):
+    """{run: {step: value}} of metrics.csv, without the empty cells."""
+    result = {}
+    for run in runs_of(arm):
+        rows = read(FOLDER / f"{run}.csv")
+        points = {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
+        if points:
+            result[run] = points
+    return result
 
 
-def vanilla_of(run):  # of the same seed
-    return f"vanilla-{run[-1]}"
+def judged(arm, column):
+    """{run: {step: value}} of distances.csv."""
+    result = {}
+    for row in read(FOLDER / "distances.csv"):
+        if row["run"].rsplit("-", 1)[0] == arm:
+            result.setdefault(row["run"], {})[int(row["step"])] = float(row[column])
+    return result
+
+
+def by_noise(arm):
+    """{run: {t: held-out velocity loss}} of losses-RUN.csv."""
+    result = {}
+    for run in runs_of(arm):
+        path = FOLDER / f"losses-{run}.csv"
+        if path.exists():
+            rows = read(path)
+            result[run] = {float(row["t"]): float(row["velocity_loss"]) for row in rows}
+    return result
+
+
+def ahead_of_vanilla(values, reference):
+    """Percent by which each run is below the vanilla run of its seed, {run: {x: percent}}."""
+    result = {}
+    for run, points in values.items():
+        vanilla = reference.get(f"vanilla-{run[-1]}", {})
+        shared = [x for x in points if x in vanilla]
+        result[run] = {x: 100 * (1 - points[x] / vanilla[x]) for x in shared}
+    return result
+
+
+def plot(axis, runs, label, colour):
+    """The mean over the runs as a line, the range over them as a shade."""
+    if not runs:
+        return
+    shared = sorted(set.intersection(*[set(points) for points in runs.values()]))
+    columns = [[points[x] for points in runs.values()] for x in shared]
+    means = [sum(column) / len(column) for column in columns]
+    lows, highs = [min(column) for column in columns], [max(column) for column in columns]
+    axis.fill_between(shared, lows, highs, color=colour, alpha=0.2, linewidth=0)
+    axis.plot(shared, means, color=colour, marker=".", label=f"{label} ({len(runs)})")
 
 
 def draw():
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
-    for run, arm in RUNS.items():
-        style = dict(color=ARMS[arm][1], linestyle=SEEDS[run[-1]], marker=".", label=run)
-        distances, alignment = judged(run, "judge"), curve(run, "val_alignment")
-        losses, reference = [curve(r, "val_velocity_loss") for r in (run, vanilla_of(run))]
-        ahead = {s: 100 * (1 - losses[s] / reference[s]) for s in losses if s in reference}
-        if distances:
-            left.plot(list(distances), list(distances.values()), **style)
-        if ahead and arm != "vanilla":
-            middle.plot(list(ahead), list(ahead.values()), **style)
-        if alignment:
-            right.plot(list(alignment), list(alignment.values()), **style)
-    for row in read(FOLDER / "constant.csv"):
-        if row["weights"] == "tf_efficientnet_lite0":
-            right.axhline(float(row["cosine"]), color="grey", linewidth=1, label="constant")
-    middle.axhline(0, color="black", linewidth=1)
-    left.set(xlabel="step", ylabel="Fréchet distance (the judge's)")
-    middle.set(xlabel="step", ylabel="held-out velocity loss, % below vanilla's")
-    right.set(xlabel="step", ylabel="alignment (mean patch cosine)")
-    left.legend(fontsize="x-small")
-    right.legend(fontsize="x-small")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    losses = {arm: curves(arm, "val_velocity_loss") for arm in ARMS}
+    levels = {arm: by_noise(arm) for arm in ARMS}
+    for arm, (label, colour) in ARMS.items():
+        if arm != "vanilla":
+            plot(axes[0], ahead_of_vanilla(losses[arm], losses["vanilla"]), label, colour)
+            plot(axes[2], ahead_of_vanilla(levels[arm], levels["vanilla"]), label, colour)
+        plot(axes[1], curves(arm, "val_alignment"), label, colour)
+    for axis in (axes[0], axes[2]):
+        axis.axhline(0, color="black", linewidth=1)
+    axes[0].set(xlabel="step", ylabel="held-out velocity loss, % below vanilla's")
+    axes[1].set(xlabel="step", ylabel="alignment (mean patch cosine)")
+    axes[2].set(xlabel="noise level t", ylabel="held-out velocity loss, % below vanilla's")
+    axes[0].legend(fontsize="small", title="arm (number of seeds)")
     figure.savefig("assets/results.png", dpi=90)
 
 
+def cell(runs, form):
+    """Mean and range over the runs at their last step, or a dash."""
+    values = [points[max(points)] for points in runs.values()]
+    if not values:
+        return "-"
+    mean = format(sum(values) / len(values), form)
+    if len(values) == 1:
+        return f"{mean} (one seed)"
+    return f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
 def table():
-    head = "run, aligned at, steps, velocity loss, alignment, FD judge, FD Lite2, class seen"
-    print(f"| {head.replace(', ', ' | ')} |")
-    print("| --- " * 8 + "|")
-    for run, place in [(r, ARMS[a][0]) for r, a in RUNS.items()] + [
-        ("train", "real training images")
-    ]:
-        steps = curve(run, "loss")
-        cells = [f"{max(steps):,}" if steps else "-"]
-        for column in ("val_velocity_loss", "val_alignment"):
-            values = curve(run, column)
-            cells.append(f"{values[max(values)]:.4f}" if values else "-")
-        for column, form in dict(judge=".2f", lite2=".0f", accuracy=".1%").items():
-            cells.append(" / ".join(format(x, form) for x in judged(run, column).values()) or "-")
-        if set(cells[1:]) != {"-"}:
-            print(f"| `{run}` | {place} | {' | '.join(cells)} |")
-
-
-def steps_to(value, values):
-    """The step by which {step: number} falls to the value, on straight lines between its points."""
-    points = list(values.items())
-    if points[0][1] <= value:
-        return points[0][0]
-    for (s, a), (s_next, b) in zip(points, points[1:]):
-        if a > value >= b:
-            return s + (s_next - s) * (a - value) / (a - b)
-
-
-def speed():
-    measures = {"velocity loss": (curve, "val_velocity_loss")}
-    measures["Fréchet distance (judge)"] = (judged, "judge")
-    for name, (get, column) in measures.items():
-        for run in RUNS:
-            goal, values = get(vanilla_of(run), column), get(run, column)
-            last = max(values, default=None)
-            if last in goal and run != vanilla_of(run):
-                step = steps_to(goal[last], values)
-                when = "not reached" if step is None else f"by step {step:.0f}"
-                print(f"{run}, {name} of vanilla at step {last}: {when}")
-
-
-def grids(runs=("vanilla-0", "repa4-0", "control4-0")):
-    """The first eight columns side by side."""
-    paths = [Path("runs", f"{run}-grid.png") for run in runs]
-    pictures = [Image.open(path) for path in paths if path.exists()]
-    if pictures:
-        width, height = pictures[0].size
-        both = Image.new("RGB", ((width + 16) * len(pictures) - 16, height), "white")
-        for i, picture in enumerate(pictures):
-            both.paste(picture, ((width + 16) * i, 0))
-        both.save("assets/grids.png", optimize=True)
+    print("| arm | seeds | velocity loss | alignment | distance, labels | rotations | class seen |")
+    print("| --- " * 7 + "|")
+    for arm, (label, _) in ARMS.items():
+        cells = [label, str(len(runs_of(arm)))]
+        cells.append(cell(curves(arm, "val_velocity_loss"), ".4f"))
+        cells.append(cell(curves(arm, "val_alignment"), ".3f"))
+        for column, form in dict(labels=".2f", rotations=".2f", accuracy=".1%").items():
+            cells.append(cell(judged(arm, column), form))
+        print(f"| {' | '.join(cells)} |")
+    for row in read(FOLDER / "distances.csv"):
+        if row["run"] == "floor":
+            print(f"floor: {row}")
 
 
 if __name__ == "__main__":
     draw()
     table()
-    speed()
-    grids()

@@ -1,14 +1,16 @@
-"""judge.py: how far samples are from real images, to two judges that no run was trained towards.
+"""judge.py: how far samples are from real images, to judges that no run was trained towards.
 
-    python assets/results/judge.py train --data DIR --judge runs/judge.pt
-    python assets/results/judge.py score --data DIR --judge runs/judge.pt --lite2 FILE \
-        --output distances.csv --samples train runs/RUN-STEP.npz [...]
+    python assets/results/judge.py train --data DIR --task labels --judge runs/labels.pt
+    python assets/results/judge.py train --data DIR --task rotations --judge runs/rotations.pt
+    python assets/results/judge.py score --data DIR --judges runs/labels.pt runs/rotations.pt \
+        --output assets/results/distances.csv --samples floor runs/RUN-STEP.npz [...]
 
-One is a ResNet-10 of half the width, trained here on the same images to tell their classes, and of
-another family than the encoders. The other is EfficientNet-Lite2, kin of the encoder. For each .npz
-of sample.py, and for 2,000 training images if "train" stands in its place, a row is appended: the
-Fréchet distances of both judges' features to those of all held-out images, and the share of samples
-that the ResNet gives the class they were drawn for."""
+A judge is a ResNet-10 of half the width. It is trained here, on the same images as the runs: one
+judge to tell the classes, the other without any label, to tell by how many quarter turns an image
+is rotated. For each .npz of sample.py a row is appended with the Fréchet distance of its features
+to those of all held-out images, by each judge, and the share of samples that the first judge
+gives the class that they were drawn for. "floor" stands for 5,000 training images.
+"""
 
 import argparse
 import csv
@@ -23,95 +25,126 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's top folder
 import repa_mini
-import sample
 
 
-def make_judge():
+def make_judge(num_classes):
     size = dict(channels=(32, 64, 128, 256), stem_width=16)
-    judge = timm.create_model("resnet10t", num_classes=10, **size)
+    judge = timm.create_model("resnet10t", num_classes=num_classes, **size)
     judge.conv1[0].stride, judge.maxpool = (1, 1), torch.nn.Identity()  # for 32x32 images
     return judge.to(memory_format=torch.channels_last)  # faster on a CPU
 
 
-def augment(x):  # (N, 3, 32, 32): each image moved by up to 4 pixels, half of them mirrored
+def augment(x, flip):
+    """Images (N, 3, 32, 32), each moved by up to 4 pixels; with `flip` half of them mirrored."""
     n = len(x)
     windows = F.pad(x, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 3, 9, 9, 32, 32)
     x = windows[torch.arange(n), :, torch.randint(9, (n,)), torch.randint(9, (n,))]
-    return torch.where(torch.rand(n, 1, 1, 1) < 0.5, x.flip(-1), x)
+    if flip:
+        x = torch.where(torch.rand(n, 1, 1, 1) < 0.5, x.flip(-1), x)
+    return x
+
+
+def rotate(x):
+    """Images, each rotated by 0 to 3 quarter turns, and the numbers of turns."""
+    turns = torch.randint(4, (len(x),))
+    rotated = x.clone()
+    for k in (1, 2, 3):
+        rotated[turns == k] = x[turns == k].rot90(k, (2, 3))
+    return rotated, turns
 
 
 @torch.no_grad()
-def look(judge, images):  # uint8 images -> pooled features (N, D) and predicted classes (N,)
+def look(judge, images):
+    """uint8 images -> pooled features (N, D) and predicted classes (N,)."""
     maps = [judge.eval().forward_features(repa_mini.to_unit(x)) for x in images.split(500)]
     features = judge.forward_head(torch.cat(maps), pre_logits=True)
     return features, judge.get_classifier()(features).argmax(1)
 
 
+def frechet_distance(a, b):
+    """|mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^(1/2)) of features a (n, D) and b (m, D).
+
+    The trace of the root is that of (Ca^(1/2) Cb Ca^(1/2))^(1/2), which is symmetric.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt()  # root @ root.T is Ca
+    cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
 def train(args):
     images, labels, val_images, val_labels, _ = repa_mini.load_data(args.data)
     torch.manual_seed(args.seed)
-    judge = make_judge().train()
+    is_rotations = args.task == "rotations"
+    judge = make_judge(4 if is_rotations else int(labels.max()) + 1).train()
     forward = torch.compile(judge)
     optimizer = torch.optim.SGD(judge.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     steps = len(images) // 128
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, args.epochs * steps)
     for epoch in range(args.epochs):
         order = torch.randperm(len(images))[: 128 * steps]
-        for index in tqdm(order.split(128), f"epoch {epoch + 1}"):
-            x = augment(repa_mini.to_unit(images[index]))
+        for index in tqdm(order.split(128), f"epoch {epoch + 1}", disable=None):
+            x, y = augment(repa_mini.to_unit(images[index]), flip=True), labels[index]
+            if is_rotations:
+                x, y = rotate(x)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(forward(x), labels[index])
+                loss = F.cross_entropy(forward(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+    if is_rotations:
+        torch.manual_seed(0)
+        val_images, val_labels = rotate(val_images)
     accuracy = (look(judge, val_images)[1] == val_labels).double().mean().item()
-    print(f"held-out accuracy {accuracy:.4f}")
-    torch.save(dict(judge=judge.state_dict(), accuracy=accuracy), args.judge)
+    print(f"{args.task}: held-out accuracy {accuracy:.4f}")
+    torch.save(dict(judge=judge.state_dict(), task=args.task, accuracy=accuracy), args.judge)
 
 
 def score(args):
     images, labels, val_images, _, _ = repa_mini.load_data(args.data)
-    judge = make_judge()
-    judge.load_state_dict(torch.load(args.judge, weights_only=True)["judge"])
-    lite2 = repa_mini.TargetEncoder("tf_efficientnet_lite2", 8, args.lite2)
-    lite2.model.to(memory_format=torch.channels_last)  # faster on a CPU
-    real = look(judge, val_images)[0], sample.pooled_features(lite2, val_images, "cpu")
-    chosen = torch.linspace(0, len(images) - 1, 2000).long()
+    judges = {}
+    for path in args.judges:
+        saved = torch.load(path, weights_only=True)
+        judge = make_judge(len(saved["judge"]["fc.bias"]))
+        judge.load_state_dict(saved["judge"])
+        judges[saved["task"]] = (judge, look(judge, val_images)[0])
     for name in args.samples:
-        if name == "train":
+        if name == "floor":
+            chosen = torch.linspace(0, len(images) - 1, 5000).long()
             run, step, fake, drawn = name, 0, images[chosen], labels[chosen]
         else:
             run, step = Path(name).stem.rsplit("-", 1)
             fake = torch.from_numpy(np.load(name)["arr_0"]).permute(0, 3, 1, 2)
             drawn = torch.arange(len(fake)) % 10  # sample.py draws the classes in turn
-        features, predicted = look(judge, fake)
         row = dict(run=run, step=step, samples=len(fake))
-        row["judge"] = round(sample.frechet_distance(features, real[0]), 3)
-        kin = sample.pooled_features(lite2, fake, "cpu")
-        row["lite2"] = round(sample.frechet_distance(kin, real[1]), 2)
-        row["accuracy"] = round((predicted == drawn).double().mean().item(), 4)
+        for task, (judge, real) in judges.items():
+            features, predicted = look(judge, fake)
+            row[task] = round(frechet_distance(features, real), 3)
+            if task == "labels":
+                row["accuracy"] = round((predicted == drawn).double().mean().item(), 4)
+        is_new = not Path(args.output).exists()
         with open(args.output, "a", newline="") as file:
             writer = csv.DictWriter(file, row)
-            if file.tell() == 0:  # a new file
+            if is_new:
                 writer.writeheader()
             writer.writerow(row)
         print(row, flush=True)
 
 
-def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["train", "score"])
-    parser.add_argument("--samples", nargs="+", help="for score: .npz files of sample.py, or train")
-    parser.add_argument("--data", required=True, help="the folder that the runs were trained on")
-    parser.add_argument("--judge", required=True, help="the judge's file")
-    parser.add_argument("--epochs", type=repa_mini.count, default=8, help="for train")
-    parser.add_argument("--seed", type=int, default=0, help="for train")
-    parser.add_argument("--lite2", metavar="FILE", help="for score: EfficientNet-Lite2's weights")
-    parser.add_argument("--output", default="distances.csv", help="for score: a CSV")
-    args = parser.parse_args(argv)
-    dict(train=train, score=score)[args.what](args)
-
-
 if __name__ == "__main__":
-    sys.exit(repa_mini.main(program=run))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["train", "score"])
+    parser.add_argument("--data", required=True, help="the folder that the runs were trained on")
+    parser.add_argument("--task", choices=["labels", "rotations"], help="for train")
+    parser.add_argument("--judge", help="for train: the file to write")
+    parser.add_argument("--epochs", type=int, default=8, help="for train")
+    parser.add_argument("--seed", type=int, default=0, help="for train")
+    parser.add_argument("--judges", nargs="+", help="for score: files of judges, labels first")
+    parser.add_argument("--samples", nargs="+", help="for score: .npz files, or floor")
+    parser.add_argument("--output", default="distances.csv", help="for score: a CSV")
+    options = parser.parse_args()
+    dict(train=train, score=score)[options.what](options)
