@@ -11,8 +11,9 @@ towards what a frozen self-supervised encoder says about the *clean* image.
     L_REPA     = - mean over patches n of cos(z[n], z_tilde[n])
     L          = L_velocity + lambda L_REPA
 
-Here x is a clean image, y its class and eps Gaussian noise. The target z is encoder(x), which the
-paper calls y*; the projected hidden state z_tilde is h_phi(h_t). Sections are the paper's.
+Here x is a clean image, y its class, eps Gaussian noise and v_theta the transformer. The target z
+is encoder(x), which the paper calls y*; the projected hidden state z_tilde is h_phi(h_t). There is
+no VAE: images have 32 x 32 pixels. "Section" in a comment means a section of the paper.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-progress = functools.partial(tqdm, disable=None)  # a progress bar, but not in a log file
+progress = functools.partial(tqdm, disable=None)  # a progress bar, if stderr is a terminal
 
 
 class UserError(ValueError):
@@ -49,7 +50,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def told_as(sentence):
-    """Whatever a library raises inside becomes a UserError that begins with this sentence."""
+    """Tell whatever a library raises in this block as one sentence, in a UserError."""
     try:
         yield
     except Exception as error:
@@ -75,7 +76,7 @@ class TimestepEmbedder(nn.Module):
         first, second = nn.Linear(256, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
-    def forward(self, t):  # (N,) in [0, 1] -> (N, D)
+    def forward(self, t):  # (N,) in [0, 1], which SiT does not scale by 1000 -> (N, D)
         frequencies = 10000 ** (-torch.arange(128, device=t.device) / 128)
         angles = t[:, None] * frequencies  # (N, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -162,8 +163,8 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self.init_weights()
-        # The projector comes last, so that models with and without it draw the same SiT weights.
-        self.projectors = nn.ModuleList()
+        # The projector draws its weights last, so that the others are the same without it.
+        self.projectors = nn.ModuleList()  # a list, as in the authors' code, of one or none
         if z_dim > 0:
             first = nn.Linear(hidden_size, projector_dim)
             second = nn.Linear(projector_dim, projector_dim)
@@ -180,7 +181,7 @@ class SiT(nn.Module):
         for layer in [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]:
             nn.init.normal_(layer.weight, std=0.02)
         for module in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(module.adaLN_modulation[1].weight)  # adaLN-Zero: all gates start at 0
+            nn.init.zeros_(module.adaLN_modulation[1].weight)  # adaLN-Zero: gates are 0 at first
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def unpatchify(self, tokens):  # (N, T, p * p * C) -> (N, C, H, W)
@@ -225,7 +226,8 @@ def build_encoder(name, weights):
     state = timm.models.load_state_dict(weights, weights_only=True)  # runs no code of the file
     if not state:
         raise UserError("the file holds no weights")
-    # timm uses `state` in place of a download: it converts old names, and every tensor must fit.
+    # pretrained=True would download weights. With a state dict in its config timm takes that
+    # instead, after converting the names of other releases, and raises if a tensor does not fit.
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
 
 
@@ -241,15 +243,15 @@ class TargetEncoder(nn.Module):
         super().__init__()
         with told_as(f"encoder {name} with weights {weights} does not work"):
             self.model = build_encoder(name, weights).eval().requires_grad_(False)
-            # feature_info describes the blocks of a ViT, or the stages of a CNN in the order of
-            # forward_intermediates. "reduction" is the stride, in pixels from token to token.
+            # In timm, "reduction" is the number of pixels from one token to the next, for every
+            # block of a ViT or, in the order of forward_intermediates, every stage of a CNN.
             strides = [layer["reduction"] for layer in self.model.feature_info]
             self.is_vit = hasattr(self.model, "num_prefix_tokens")
             if self.is_vit:
-                self.size = grid_size * strides[-1], grid_size * strides[-1]
-                self.model.set_input_size(self.size)
+                self.size = (grid_size * strides[-1], grid_size * strides[-1])
+                self.model.set_input_size(self.size)  # resamples the position embeddings
             else:
-                self.size = grid_size * 16, grid_size * 16
+                self.size = (grid_size * 16, grid_size * 16)
                 self.stage = strides.index(16)
             shape = self.tokens(torch.zeros(1, 3, *self.size)).shape
         if len(shape) != 3 or shape[1] != grid_size**2:
@@ -353,7 +355,7 @@ def draw_shapes(n, seed):
     images, labels = [], torch.arange(n) % 10
     for label in labels.tolist():
         corners = 3 + label // 2
-        rotation = label % 2 * 180 / corners  # the odd classes are upside down
+        rotation = 180 / corners * (label % 2)  # odd classes are turned by half a corner
         circle = rng.uniform(48, 80), rng.uniform(48, 80), rng.uniform(34, 46)  # x, y, radius
         colour = f"hsv({36 * label}, {rng.uniform(80, 100)}%, {rng.uniform(70, 100)}%)"
         image = Image.new("RGB", (128, 128), f"hsv(0, 0%, {rng.uniform(0, 40)}%)")
@@ -382,7 +384,7 @@ def load_folder(folder):
 
 
 def load_cifar10(train):
-    """The same of CIFAR-10's training or test images, which are downloaded to ./data once."""
+    """The same three for CIFAR-10's training or test images, downloaded to ./data once."""
     with told_as("cannot download CIFAR-10; try --data FOLDER or --smoke"):
         dataset = CIFAR10("data", train, download=True)
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
@@ -409,10 +411,13 @@ def load_data(name):
         held_out = torch.arange(1, len(images) + 1) % 50 == 0
         val_images, val_labels, val_classes = images[held_out], labels[held_out], classes
         images, labels = images[~held_out], labels[~held_out]
-    empty = [c for label, c in enumerate(classes) if label not in labels]
-    if empty or classes != val_classes or len(val_images) == 0:
-        found = f"{classes} in training, {len(val_images)} images of {val_classes} held out"
-        raise UserError(f"{name} has {found}; no training image is of {empty}")
+    if classes != val_classes:
+        raise UserError(f"{train} has the classes {classes}, but {test} has {val_classes}")
+    if len(val_images) == 0:
+        raise UserError(f"{name} has fewer than 50 images, so that none is held out")
+    for label, class_name in enumerate(classes):
+        if not (labels == label).any():
+            raise UserError(f"class {class_name} of {name} has no training image")
     return images, labels, val_images, val_labels, classes
 
 
@@ -433,13 +438,13 @@ def build_parser():
     add("--encoder-depth", type=int, help="aligned block (default: the model's)")
     add("--proj-coeff", type=float, default=0.5, help="lambda; 0 is a vanilla SiT")
     add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from here on")
-    add("--cache-targets", action=argparse.BooleanOptionalAction, help="compute them once")
+    add("--cache-targets", action=argparse.BooleanOptionalAction, help="compute them all, once")
     add("--path-type", default="linear", choices=["linear", "cosine"])
     add("--cfg-prob", type=float, default=0.1, help="share of labels dropped")
     add("--batch-size", type=int, default=256, help="images in a step")
     add("--learning-rate", type=float, default=1e-4, help="AdamW's, constant")
     add("--max-train-steps", type=int, default=100_000, help="length of the run")
-    add("--eval-every", type=int, default=1000, help="steps from save to save")
+    add("--eval-every", type=int, default=1000, help="steps between evaluations and saves")
     add("--seed", type=int, default=0, help="of weights and batches")
     add("--device", help="cuda, cuda:1, mps, cpu (default: a GPU if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the device's")
@@ -460,12 +465,13 @@ def parse_options(argv):
     if args.resume is not None:
         checkpoint = load_checkpoint(args.resume)
         parser.set_defaults(**checkpoint["config"])
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # with the new defaults; what is typed still wins
     numbers = args.batch_size, args.max_train_steps, args.eval_every
     if min(numbers) < 1 or "" in vars(args).values():
         parser.error("an option is empty, or a number of steps or images is below 1")
     if args.resume is not None:
-        args.output_dir = args.resume.removesuffix("checkpoint.pt")
+        path = Path(args.resume)
+        args.output_dir = str(path if path.is_dir() else path.parent)
     elif args.output_dir is None:
         args.output_dir = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     elif Path(args.output_dir, "checkpoint.pt").exists():
@@ -480,10 +486,12 @@ def seed_for(*use):
 
 
 def draw_batch(images, labels, null_label, step, args):
-    """All that is random in a training step. It follows from the seed and the step alone (on one
-    kind of device), so that a resumed run and a run without REPA see the same batches. Returns
-    images x (N, 3, 32, 32) in [-1, 1], noise like x, times t (N,) in [0, 1], labels y (N,), some of
-    them replaced by the null label, and index (N,), the numbers of the images."""
+    """Draw all that is random in a training step, with a generator that only depends on the seed
+    and the step. So a resumed run and a run without REPA see the same batches.
+
+    Returns images x (N, 3, 32, 32) in [-1, 1]; noise like x; times t (N,) in [0, 1]; labels y (N,),
+    some of which are replaced by the null label; and index (N,), the numbers of the images.
+    """
     n, device = args.batch_size, images.device
     g = torch.Generator(device).manual_seed(seed_for("batch", args.seed, step))
     index = torch.randint(len(images), (n,), generator=g, device=device)
@@ -497,8 +505,8 @@ def draw_batch(images, labels, null_label, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay * ema + (1 - decay) * model. The decay is 0.9999 in the paper. Ours rises to
-    that: 0.9999 from the start would keep 82% of the initial weights after 2,000 steps."""
+    """ema <- decay * ema + (1 - decay) * model. The paper's decay is 0.9999. Ours rises to that,
+    until step 90,000, since 0.9999 keeps 82% of the initial weights for 2,000 steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, 1 - decay)
@@ -543,7 +551,7 @@ def evaluate(model, encoder, images, labels, path_type):
         losses = training_losses(model, x, noise[i], t[i], labels[i], z, path_type)
         means["val_velocity_loss"] += share * losses[0].item()
         if encoder is not None:
-            means["val_alignment"] -= share * losses[1].item()
+            means["val_alignment"] += share * -losses[1].item()  # minus L_REPA is the cosine
     return means
 
 
@@ -578,6 +586,24 @@ def load_checkpoint(path):
         return {key: checkpoint[key] for key in keys}
 
 
+def restore(checkpoint, parts):
+    """Load the states of the model, its EMA, the optimizer and the scaler. Raises UserError."""
+    with told_as("the checkpoint is of another model"):
+        for name, part in parts.items():
+            if checkpoint[name]:  # a scaler has a state only in float16
+                part.load_state_dict(checkpoint[name])
+
+
+def prepare_data(name, device):
+    """`load_data` for training, on the device: with the mirror images of the training images, and
+    with at most 1,000 of the held-out images."""
+    images, labels, val_images, val_labels, classes = load_data(name)
+    images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+    every = math.ceil(len(val_images) / 1000)
+    tensors = images, labels, val_images[::every], val_labels[::every]
+    return *[tensor.to(device) for tensor in tensors], classes
+
+
 def train(args, checkpoint=None):
     """Train as the options say, from the checkpoint on if there is one. Leaves checkpoint.pt,
     metrics.csv and samples_*.png in the folder args.output_dir."""
@@ -586,7 +612,7 @@ def train(args, checkpoint=None):
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
 
-    # The encoder, the images and their mirror images, and at most 1,000 held-out images.
+    # The encoder and the images. What they say about the model goes into `sit`, SiT's arguments.
     sit = dict(SIT_MODELS[args.model], z_dim=0)
     encoder = None
     if args.proj_coeff > 0:
@@ -595,36 +621,30 @@ def train(args, checkpoint=None):
         sit["z_dim"] = encoder.embed_dim
     if args.encoder_depth is not None:
         sit["encoder_depth"] = args.encoder_depth
-    *tensors, classes = load_data(args.data)
-    images, labels, val_images, val_labels = [tensor.to(device) for tensor in tensors]
-    images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-    every = math.ceil(len(val_images) / 1000)
-    val_images, val_labels = val_images[::every], val_labels[::every]
+    images, labels, val_images, val_labels, classes = prepare_data(args.data, device)
     sit["num_classes"] = len(classes)
 
     # The model, its moving average (EMA) and the optimizer: new ones, or the checkpoint's.
     torch.manual_seed(seed_for("weights", args.seed))
     model = SiT(**sit).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
+    learning_rate = args.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     start, rows = 0, []
     if checkpoint is not None:
         start, rows = checkpoint["step"], checkpoint["rows"]
-        with told_as(f"the checkpoint in {folder} is of another model"):
-            for name, part in parts.items():
-                if checkpoint[name]:  # a scaler has a state only in float16
-                    part.load_state_dict(checkpoint[name])
-    for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate
+        restore(checkpoint, parts)
+        optimizer.param_groups[0]["lr"] = learning_rate  # the option's, not the checkpoint's
     if start >= args.max_train_steps:
         print(f"the run is finished, at step {start}; --max-train-steps can make it longer")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model} on {device}, {len(images)} images with mirror images, in {folder}")
+    counts = f"{len(images)} images of {len(classes)} classes, mirror images included"
+    print(f"{args.model} on {device}, {counts}, in {folder}")
     if args.compile or (args.compile is None and device.type == "cuda"):
-        torch._dynamo.config.suppress_errors = True  # go on without it where it does not work
+        torch._dynamo.config.suppress_errors = True  # if it fails, torch says so and goes on
         model.compile()
         ema.compile()
     if encoder is not None and args.cache_targets:
@@ -683,6 +703,8 @@ def train(args, checkpoint=None):
             try:
                 save(folder, state)
             except (OSError, RuntimeError) as error:  # a full disk, or a file in use on Windows
+                if is_last:
+                    raise UserError(f"cannot save ({error})") from error
                 tqdm.write(f"cannot save ({error}); the next evaluation will try again")
             with autocast():
                 draw_grid(ema, folder / f"samples_{done:07d}.png")

@@ -440,9 +440,9 @@ def test_a_data_folder_without_what_it_needs_is_refused(tmp_path, capsys):
     folder.mkdir()
     assert told(str(folder))  # it is empty
     write_images(folder, images[:49], [0] * 49)
-    assert told("0 images")  # none is held out
+    assert told("fewer than 50 images")  # none is held out
     write_images(folder, images[49:], [1])  # the 50th image is the only one of class b
-    assert told("no training image is of ['b']")
+    assert told("class b of")
     (folder / "nobody").mkdir()
     assert told("nobody")
     (folder / "nobody").rmdir()
@@ -451,7 +451,7 @@ def test_a_data_folder_without_what_it_needs_is_refused(tmp_path, capsys):
     assert told(str(broken))
     write_images(folder / "train", images[:3], [0, 1, 2])
     write_images(folder / "test", images[:2], [0, 1])
-    assert told("['a', 'b', 'c'] in training, 2 images of ['a', 'b'] held out")
+    assert told("['a', 'b', 'c'], but")
 
 
 def test_cifar10_is_read_from_its_archive_or_missed_in_a_sentence(tmp_path, monkeypatch):
@@ -983,6 +983,21 @@ def test_the_first_command_of_the_readme_runs_as_a_user_types_it(tmp_path):
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["checkpoint.pt", "metrics.csv", "samples_0000003.png"]
     assert Image.open(folder / names[2]).size == (342, 342)
+
+
+def test_a_failed_last_save_and_a_full_memory_are_told_with_what_helps(train, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "save", full)
+    run = train("--max-train-steps 1")
+    assert refused(run.code, run.err) and "No space left" in run.err
+    monkeypatch.setattr(repa_mini, "training_losses", out_of_memory)
+    run = train("--max-train-steps 1")
+    assert refused(run.code, run.err) and "--batch-size" in run.err
 
 
 # ---- 12. sample.py
