@@ -450,6 +450,7 @@ def test_a_data_folder_without_what_it_needs_is_refused(tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:200])
     assert told(str(broken))
     write_images(folder / "train", images[:3], [0, 1, 2])
+    assert told("neither test/ nor val/")
     write_images(folder / "test", images[:2], [0, 1])
     assert told("['a', 'b', 'c'], but")
 
@@ -829,21 +830,29 @@ def test_a_run_stopped_again_and_again_equals_an_uninterrupted_one(train, monkey
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("name", ["checkpoint.part", "metrics.csv"])
+@pytest.mark.parametrize("name", ["checkpoint.part", "metrics.csv", "samples_0000002.png"])
 def test_on_a_full_disk_a_run_goes_on_and_saves_later(train, monkeypatch, name):
     folder = train("--max-train-steps 1").folder
     link = folder / name
     link.unlink(missing_ok=True)
     link.symlink_to("/dev/full")
 
-    def make_room(model, path):
-        if link.is_symlink():
-            link.unlink()
+    evaluate, calls = repa_mini.evaluate, []
 
-    monkeypatch.setattr(repa_mini, "draw_grid", make_room)
+    def make_room_before_the_third_step(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            link.unlink()
+        return evaluate(*args)
+
+    monkeypatch.setattr(repa_mini, "evaluate", make_room_before_the_third_step)
     run = train("--max-train-steps 3", resume=folder)
     assert run.code == 0 and run.out.count("cannot save") == 1, run.err
     assert [row["step"] for row in run.rows] == [1, 2, 3]
+    link.unlink(missing_ok=True)
+    link.symlink_to("/dev/full")
+    run = train("--max-train-steps 4", resume=folder)  # whose last save cannot be tried again
+    assert refused(run.code, run.err) and "cannot save" in run.err
 
 
 CASES = {"--smoke": (2e-3, 200), "--smoke --learning-rate 5e-2": (5e-2, 200)}
@@ -870,6 +879,10 @@ def test_what_is_typed_on_resume_takes_effect(train, monkeypatch, tmp_path):
     again = run_program(folder, "--resume", folder / "checkpoint.pt")
     assert "the run is finished, at step 2" in again.out
     assert left_behind(again) == left_behind(after)
+    monkeypatch.chdir(folder)
+    for steps in ("3", "4"):
+        run = run_program(folder, "--resume", "checkpoint.pt", "--max-train-steps", steps)
+        assert run.code == 0 and run.state["step"] == int(steps), run.err
 
 
 # ---- 10. Numbers that are not finite, files that are no checkpoint
@@ -955,6 +968,15 @@ def test_an_empty_option_is_the_users_mistake_and_ours_a_traceback(train, tmp_pa
     monkeypatch.setattr(repa_mini, "draw_batch", lambda *args: args.no_such_thing)
     with pytest.raises(AttributeError, match="no_such_thing"):
         train()
+
+
+def test_what_does_not_fit_into_the_memory_is_told_with_a_way_out(train, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(repa_mini, "draw_batch", fail)
+    run = train()
+    assert refused(run.code, run.err) and "--batch-size" in run.err
 
 
 def test_a_resumed_run_counts_on_from_its_checkpoint(train, finished, tmp_path, monkeypatch):

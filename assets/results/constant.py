@@ -1,50 +1,43 @@
-"""constant.py: the alignment of a prediction that has seen no image, the least that counts.
+"""constant.py: the alignment of a prediction that has seen no image, to compare others with.
 
-    python assets/results/constant.py --data DIR --model SiT-Ti/4 --encoder NAME [...]
+    python assets/results/constant.py --data DIR --encoder NAME --encoder-weights FILE
 
-For each position the prediction is the mean unit token of at most 2,000 training images, and its
-mean patch cosine is measured on the held-out images that val_alignment is measured on. The options
-are those of repa_mini.py; the ones that have nothing to do with the targets change nothing. A row
-is appended to constant.csv."""
+The prediction for each position is the mean of the normalised tokens of 2,000 training images. Its
+mean patch cosine is measured on the held-out images on which val_alignment is measured, at the
+patches of a SiT-x/4. It is printed and appended to constant.csv.
+"""
 
 import csv
-import math
 import sys
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's top folder
 import repa_mini
-from sample import evenly
 
 
-def run(argv):
-    parser = repa_mini.build_parser()
-    if parser.parse_args(argv).smoke:
-        parser.set_defaults(**repa_mini.SMOKE)
-    args = parser.parse_args(argv)
-    device, _, autocast = repa_mini.pick_device(args.device, args.dtype)
-    grid_size = 32 // repa_mini.SIT_MODELS[args.model]["patch_size"]
-    weights, pretrained = args.encoder_weights, not args.smoke
-    encoder = repa_mini.TargetEncoder(args.encoder, grid_size, weights, pretrained).to(device)
-    images, _, val_images, _, _ = repa_mini.load_data(args.data, args.smoke)
-    images = images[evenly(2000, len(images))].to(device)
-    val_images = val_images[:: math.ceil(len(val_images) / 1000)].to(device)  # as train() has it
-
-    tokens = repa_mini.compute_targets(encoder, images, autocast).float()  # (N, T, D)
-    constant = F.normalize(tokens, dim=-1).mean(0)  # (T, D)
-    targets = repa_mini.compute_targets(encoder, val_images, autocast).float()
+def main():
+    args, _ = repa_mini.parse_options(None)
+    encoder = repa_mini.TargetEncoder(args.encoder, 8, args.encoder_weights)
+    images, _, val_images, _, _ = repa_mini.prepare_data(args.data, torch.device("cpu"))
+    chosen = torch.linspace(0, len(images) // 2 - 1, 2000).long()  # without mirror images
+    tokens = repa_mini.compute_targets(encoder, images[chosen]).float()
+    constant = F.normalize(tokens, dim=-1).mean(0)
+    targets = repa_mini.compute_targets(encoder, val_images).float()
     cosine = F.cosine_similarity(constant, targets, dim=-1).mean().item()
-    row = dict(encoder=args.encoder, weights=Path(args.encoder_weights or "random").stem)
-    row.update(images=len(images), held_out=len(val_images), cosine=round(cosine, 4))
+    weights = Path(args.encoder_weights).stem
+    row = {"encoder": args.encoder, "weights": weights, "cosine": round(cosine, 4)}
     print(row)
-    with open(Path(__file__).with_name("constant.csv"), "a", newline="") as file:
+    path = Path(__file__).with_name("constant.csv")
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row)
-        if file.tell() == 0:  # a new file
+        if is_new:
             writer.writeheader()
         writer.writerow(row)
 
 
 if __name__ == "__main__":
-    sys.exit(repa_mini.main(program=run))
+    main()

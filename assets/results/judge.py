@@ -9,7 +9,7 @@ A judge is a ResNet-10 of half the width. It is trained here, on the same images
 judge to tell the classes, the other without any label, to tell by how many quarter turns an image
 is rotated. For each .npz of sample.py a row is appended with the Fréchet distance of its features
 to those of all held-out images, by each judge, and the share of samples that the first judge
-gives the class that they were drawn for. "floor" stands for 5,000 training images.
+gives the class that they were drawn for. "floor" stands for 2,000 training images.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def score(args):
         judges[saved["task"]] = (judge, look(judge, val_images)[0])
     for name in args.samples:
         if name == "floor":
-            chosen = torch.linspace(0, len(images) - 1, 5000).long()
+            chosen = torch.linspace(0, len(images) - 1, 2000).long()
             run, step, fake, drawn = name, 0, images[chosen], labels[chosen]
         else:
             run, step = Path(name).stem.rsplit("-", 1)
