@@ -22,7 +22,9 @@ ARMS = {  # arm -> what it is, and its colour
 
 
 def read(path):
-    """The rows of a CSV file, as dicts."""
+    """The rows of a CSV file, as dicts; none if there is no such file."""
+    if not path.exists():
+        return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -56,9 +58,8 @@ def by_noise(arm):
     """{run: {t: held-out velocity loss}} of losses-RUN.csv."""
     result = {}
     for run in runs_of(arm):
-        path = FOLDER / f"losses-{run}.csv"
-        if path.exists():
-            rows = read(path)
+        rows = read(FOLDER / f"losses-{run}.csv")
+        if rows:
             result[run] = {float(row["t"]): float(row["velocity_loss"]) for row in rows}
     return result
 
@@ -69,7 +70,8 @@ def ahead_of_vanilla(values, reference):
     for run, points in values.items():
         vanilla = reference.get(f"vanilla-{run[-1]}", {})
         shared = [x for x in points if x in vanilla]
-        result[run] = {x: 100 * (1 - points[x] / vanilla[x]) for x in shared}
+        if shared:
+            result[run] = {x: 100 * (1 - points[x] / vanilla[x]) for x in shared}
     return result
 
 
@@ -107,7 +109,7 @@ def cell(runs, form):
     """Mean and range over the runs at their last step, or a dash."""
     values = [points[max(points)] for points in runs.values()]
     if not values:
-        return "-"
+        return "not measured"
     mean = format(sum(values) / len(values), form)
     if len(values) == 1:
         return f"{mean} (one seed)"
