@@ -242,7 +242,8 @@ class TargetEncoder(nn.Module):
 
     def __init__(self, name=DINOV2, grid_size=16, weights="download"):
         super().__init__()
-        with told_as(f"encoder {name} with weights {weights} does not work"):
+        advice = "try another --encoder, or a file for --encoder-weights"
+        with told_as(f"encoder {name} with weights {weights} does not work; {advice}"):
             self.model = build_encoder(name, weights).eval().requires_grad_(False)
             # In timm, "reduction" is the number of pixels from one token to the next, for every
             # block of a ViT or, in the order of forward_intermediates, every stage of a CNN.
@@ -602,7 +603,7 @@ def restore(checkpoint, parts):
     """Load the states of the model, its EMA, the optimizer and the scaler. Raises UserError."""
     with told_as("the checkpoint is of another model"):
         for name, part in parts.items():
-            if checkpoint[name]:  # a scaler has a state only in float16
+            if name != "scaler" or checkpoint[name]:  # its state is empty unless in float16
                 part.load_state_dict(checkpoint[name])
 
 
@@ -673,6 +674,9 @@ def train(args, checkpoint=None):
             # 2. The targets: what the encoder says about the clean images.
             if encoder is None or step >= args.repa_stop_step:
                 z = None
+                # Compiled code gives unused parameters gradients of zero, with which momentum
+                # would still move the projector.
+                model.projectors.requires_grad_(False)
             elif args.cache_targets:
                 z = cached_targets[index]
             else:
