@@ -512,8 +512,8 @@ def draw_batch(images, labels, null_label, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay * ema + (1 - decay) * model. The paper's decay is 0.9999. Ours rises to that,
-    until step 90,000, since 0.9999 keeps 82% of the initial weights for 2,000 steps."""
+    """ema <- decay * ema + (1 - decay) * model. The decay is the paper's 0.9999 from step 90,000.
+    With 0.9999 from the start, 82% of the initial weights would be left after 2,000 steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, 1 - decay)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # run.sh: the runs behind the results, with their samples and numbers. In the project's top folder:
 #
-#     DATA=cifar10 LITE0=tf_efficientnet_lite0.pth bash assets/results/run.sh
+#     DATA=cifar10_jpeg LITE0=tf_efficientnet_lite0.pth bash assets/results/run.sh
 #
 # It may be stopped and started again: what is finished is not made a second time. RUNS names other
 # runs, ARM-SEED each, for example RUNS="control2-0 random2-0".
