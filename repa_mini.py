@@ -402,14 +402,15 @@ def load_data(name):
     train, test = Path(name, "train"), Path(name, "test")
     if not test.is_dir():
         test = Path(name, "val")
-    if train.is_dir() and not test.is_dir() and any(path.is_dir() for path in train.iterdir()):
-        raise UserError(f"{name} has train/ with classes in it, but neither test/ nor val/")
     if name == "cifar10":
         images, labels, classes = load_cifar10(train=True)
         val_images, val_labels, val_classes = load_cifar10(train=False)
     elif train.is_dir() and test.is_dir():
         images, labels, classes = load_folder(train)
         val_images, val_labels, val_classes = load_folder(test)
+    elif train.is_dir() and any(path.is_dir() for path in train.iterdir()):
+        # With images in it, train/ would be a class of that name.
+        raise UserError(f"{name} has train/ with classes in it, but neither test/ nor val/")
     else:
         images, labels, classes = load_folder(name)
         held_out = torch.arange(1, len(images) + 1) % 50 == 0
@@ -620,6 +621,9 @@ def prepare_data(name, device):
 def train(args, checkpoint=None):
     """Train as the options say, from the checkpoint on if there is one. Leaves checkpoint.pt,
     metrics.csv and samples_*.png in the folder args.output_dir."""
+    if checkpoint is not None and checkpoint["step"] >= args.max_train_steps:
+        print(f"the run is finished, at step {checkpoint['step']}; see --max-train-steps")
+        return
     folder = Path(args.output_dir)
     device, dtype = pick_device(args.device, args.dtype)
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
@@ -650,9 +654,6 @@ def train(args, checkpoint=None):
         start, rows = checkpoint["step"], checkpoint["rows"]
         restore(checkpoint, parts)
         optimizer.param_groups[0]["lr"] = learning_rate  # the option's, not the checkpoint's
-    if start >= args.max_train_steps:
-        print(f"the run is finished, at step {start}; --max-train-steps can make it longer")
-        return
     folder.mkdir(parents=True, exist_ok=True)
     counts = f"{len(images)} images of {len(classes)} classes, mirror images included"
     print(f"{args.model} on {device}, {counts}, in {folder}")
