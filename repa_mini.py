@@ -8,12 +8,14 @@ towards what a frozen self-supervised encoder says about the *clean* image.
     x_t        = alpha_t x + sigma_t eps        the interpolant; t = 0 is data and t = 1 is noise
     v          = alpha'_t x + sigma'_t eps      its velocity, on the linear path v = eps - x
     L_velocity = mean of (v_theta(x_t, t, y) - v)^2
-    L_REPA     = - mean over patches n of cos(z[n], z_tilde[n])
+    L_REPA     = - mean over images and patches of cos(z, z_tilde)
     L          = L_velocity + lambda L_REPA
 
-Here x is a clean image, y its class, eps Gaussian noise and v_theta the transformer. The target z
-is encoder(x), which the paper calls y*; the projected hidden state z_tilde is h_phi(h_t). There is
-no VAE: images have 32 x 32 pixels. "Section" in a comment means a section of the paper.
+x is a clean image, y its class, eps Gaussian noise, and v_theta the transformer. The target z is
+encoder(x), which the paper calls y*. h_t is the output of an early block of the transformer, the
+projector h_phi is the small MLP, and z_tilde = h_phi(h_t). There is no VAE: images have 32 x 32
+pixels. In shapes N counts images, C colours, H and W pixels and T tokens, one for each patch; D is
+the width of a token. "Section" means a section of the paper. sample.py shows what a run learned.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch._dynamo
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
@@ -49,24 +52,25 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def told_as(sentence):
-    """Tell whatever a library raises in this block as one sentence, in a UserError."""
+def as_user_error(sentence):
+    """Around calls of a library: turn whatever they raise into a UserError of one sentence."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # without line breaks
         raise UserError(f"{sentence} ({reason})") from error
 
 
-# ---- 1. SiT: a vision transformer conditioned by adaLN-Zero (Ma et al. 2024, arXiv 2401.08740)
+# ---- 1. SiT: a vision transformer conditioned by adaLN-Zero (Ma et al. 2024, arXiv 2401.08740).
+# The layers have the names of the authors' code, so that weights can be exchanged.
 def position_table(dim, g):
-    """Embeddings (g * g, dim) of a grid of patches, row by row: sines and cosines of the column in
-    the first half of an embedding, of the row in the second half."""
+    """Embeddings (g * g, dim) of a grid of patches, row by row. The first half of an embedding says
+    the column of its patch, the second half the row, each in dim / 4 sines and dim / 4 cosines."""
     frequencies = 10000 ** (-torch.arange(dim // 4) / (dim // 4))
     angles = torch.arange(g)[:, None] * frequencies  # (g, dim / 4)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (g, dim / 2)
-    columns = waves.repeat(g, 1)  # of 0, 1, 2, ..., 0, 1, 2, ...
-    rows = waves.repeat_interleave(g, dim=0)  # of 0, 0, 0, ..., 1, 1, 1, ...
+    columns = waves.repeat(g, 1)  # of the patches in columns 0, 1, 2, ..., 0, 1, 2, ...
+    rows = waves.repeat_interleave(g, dim=0)  # of the patches in rows 0, 0, 0, ..., 1, 1, 1, ...
     return torch.cat([columns, rows], dim=1)
 
 
@@ -76,7 +80,8 @@ class TimestepEmbedder(nn.Module):
         first, second = nn.Linear(256, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
-    def forward(self, t):  # (N,) in [0, 1], which SiT does not scale by 1000 -> (N, D)
+    def forward(self, t):  # (N,) -> (N, D)
+        # DiT has these frequencies, too, for t up to 1000. SiT's authors keep them for t up to 1.
         frequencies = 10000 ** (-torch.arange(128, device=t.device) / 128)
         angles = t[:, None] * frequencies  # (N, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -85,7 +90,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     def __init__(self, num_classes, hidden_size):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)  # the last is "no class"
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)  # and the null label
 
     def forward(self, y):  # (N,) -> (N, D)
         return self.embedding_table(y)
@@ -107,8 +112,7 @@ class SiTBlock(nn.Module):
     def forward(self, x, c):  # tokens x (N, T, D), condition c (N, D) -> (N, T, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -123,18 +127,18 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def init_linear(module):  # Xavier for the weights, zero for the biases
+def init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 class SiT(nn.Module):
-    """SiT with REPA's projector. The keys of its state dict are those of the authors' code.
+    """SiT with REPA's projector.
 
     forward(x (N, C, H, W), t (N,), y (N,)) -> velocity (N, C, H, W), z_tilde (N, T, z_dim).
-    z_tilde is the projected output of block `encoder_depth`, counted from 1 (Section 3.3), or None
-    if z_dim is 0. The label `num_classes` is the null label, which stands for "no class".
+    z_tilde is the projected output of SiT's block number `encoder_depth`, counted from 1 (Section
+    3.3), or None if z_dim is 0. The label `num_classes` is the null label, meaning "no class".
     """
 
     def __init__(
@@ -180,14 +184,17 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]:
             nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-Zero. The biases of all linear layers are 0 already. With weights of 0, too, these
+        # layers give 0 at first: all shifts, scales and gates are 0, and so is the velocity.
         for module in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(module.adaLN_modulation[1].weight)  # adaLN-Zero: gates are 0 at first
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def unpatchify(self, tokens):  # (N, T, p * p * C) -> (N, C, H, W)
         g, p = self.grid_size, self.patch_size
-        x = tokens.reshape(-1, g, g, p, p, tokens.shape[2] // p**2)  # (N, row, column, p, p, C)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C, row, p, column, p)
+        # A patch has a row and a column in the image, and a pixel has i and j in its patch.
+        x = tokens.reshape(-1, g, g, p, p, tokens.shape[2] // p**2)  # (N, row, column, i, j, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C, row, i, column, j)
         return x.reshape(len(x), -1, g * p, g * p)
 
     def forward(self, x, t, y):
@@ -201,7 +208,9 @@ class SiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c)), z_tilde
 
 
-SIT_SIZES = {  # of the SiT paper, with the encoder depths of the REPA authors; Ti is ours
+# S to XL are the sizes of the SiT paper, and Ti is ours. For B, L and XL, encoder_depth is that of
+# the REPA authors, who train no S. For S and Ti we align the block at a third of the depth.
+SIT_SIZES = {
     "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=512),
     "S": dict(hidden_size=384, depth=12, num_heads=6, encoder_depth=4),
     "B": dict(hidden_size=768, depth=12, num_heads=12, encoder_depth=4),
@@ -224,12 +233,21 @@ def build_encoder(name, weights):
         return timm.create_model(name, pretrained=False)
     if weights == "download":
         return timm.create_model(name, pretrained=True)
-    state = timm.models.load_state_dict(weights, weights_only=True)  # runs no code of the file
-    if not state:
-        raise UserError("the file holds no weights")
-    # pretrained=True would download weights. With a state dict in its config timm takes that
-    # instead, after converting the names of other releases, and raises if a tensor does not fit.
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
+    # To load a local file with timm, one puts its path into pretrained_cfg, which is timm's record
+    # of where the weights of a model are.
+    source = {"file": weights}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
+
+
+def choose_layer(model):
+    """The number and the stride of the layer whose output is the target: the last block of a ViT,
+    or the stage of a CNN with stride 16. timm lists blocks and stages in feature_info. The stride,
+    or "reduction", is the number of pixels from one token to the next: 14 in every block of
+    DINOv2, but 2, 4, 8, 16 and 32 in the stages of a ResNet."""
+    strides = [layer["reduction"] for layer in model.feature_info]
+    if strides[0] == strides[-1]:  # a ViT
+        return len(strides) - 1, strides[-1]
+    return strides.index(16), 16
 
 
 class TargetEncoder(nn.Module):
@@ -243,38 +261,34 @@ class TargetEncoder(nn.Module):
     def __init__(self, name=DINOV2, grid_size=16, weights="download"):
         super().__init__()
         advice = "try another --encoder, or a file for --encoder-weights"
-        with told_as(f"encoder {name} with weights {weights} does not work; {advice}"):
-            self.model = build_encoder(name, weights).eval().requires_grad_(False)
-            # In timm, "reduction" is the number of pixels from one token to the next, for every
-            # block of a ViT or, in the order of forward_intermediates, every stage of a CNN.
-            strides = [layer["reduction"] for layer in self.model.feature_info]
-            self.is_vit = hasattr(self.model, "num_prefix_tokens")
-            if self.is_vit:
-                self.size = (grid_size * strides[-1], grid_size * strides[-1])
-                self.model.set_input_size(self.size)  # resamples the position embeddings
-            else:
-                self.size = (grid_size * 16, grid_size * 16)
-                self.stage = strides.index(16)
-            shape = self.tokens(torch.zeros(1, 3, *self.size)).shape
-        if len(shape) != 3 or shape[1] != grid_size**2:
-            raise UserError(f"encoder {name} gives {tuple(shape)}, not {grid_size**2} tokens")
-        self.grid_size, self.embed_dim = grid_size, shape[2]
-        for key in ("mean", "std"):  # of the pixels that the encoder was trained on
-            value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
-
-    def tokens(self, pixels):
-        if self.is_vit:
-            prefix = self.model.num_prefix_tokens  # the class token and registers come first
-            return self.model.forward_features(pixels)[:, prefix:]
-        options = dict(indices=[self.stage], intermediates_only=True, stop_early=True)
-        (feature_map,) = self.model.forward_intermediates(pixels, **options)  # (N, D, g, g)
-        return feature_map.flatten(2).transpose(1, 2)
+        with as_user_error(f"encoder {name} with weights {weights} does not work; {advice}"):
+            self.model = build_encoder(name, weights)
+            for key in ("mean", "std"):  # of the pixels that the encoder was trained on
+                value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)
+                self.register_buffer(key, value, persistent=False)
+            # The image is enlarged, so that the encoder has as many tokens as SiT.
+            self.layer, stride = choose_layer(self.model)
+            self.size = (grid_size * stride, grid_size * stride)  # 16 * 14 = 224 for DINOv2
+            if hasattr(self.model, "set_input_size"):
+                self.model.set_input_size(self.size)  # resamples position embeddings
+            self.eval().requires_grad_(False)
+            z = self(torch.zeros(1, 3, *self.size))  # a trial run, to see the shape
+        if z.shape[1] != grid_size**2:
+            raise UserError(f"encoder {name} gives {z.shape[1]} tokens, not {grid_size**2}")
+        self.grid_size, self.embed_dim = grid_size, z.shape[2]
 
     @torch.no_grad()
     def forward(self, images):
         x = ((images + 1) / 2 - self.mean) / self.std
-        return self.tokens(F.interpolate(x, self.size, mode="bicubic"))  # like the authors
+        x = F.interpolate(x, self.size, mode="bicubic")  # like the authors
+        maps = self.model.forward_intermediates(
+            x,
+            indices=[self.layer],
+            norm=True,  # the final norm of a ViT, which a CNN ignores
+            stop_early=True,  # later stages of a CNN are not computed
+            intermediates_only=True,  # a list of maps, here one (N, embed_dim, g, g)
+        )
+        return maps[0].flatten(2).transpose(1, 2)
 
 
 # ---- 3. Losses
@@ -288,8 +302,8 @@ def interpolant(t, path_type="linear"):
 
 
 def repa_loss(z_tilde, z):
-    """L_REPA: minus the mean cosine of z_tilde and z, both (N, T, D) (Section 3.3).
-    It is computed in float32, since squares of half-precision numbers can overflow."""
+    """L_REPA: minus the mean cosine of z_tilde and z, both (N, T, z_dim) (Section 3.3).
+    It is computed in float32, since squares of float16 numbers can overflow."""
     return -F.cosine_similarity(z_tilde.float(), z.float(), dim=-1).mean()
 
 
@@ -297,7 +311,7 @@ def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
     """L_velocity and L_REPA, two scalars (Sections 2 and 3.3); without z the second is None.
 
     x: clean images (N, C, H, W) in [-1, 1]; noise: like x; t: (N,) in [0, 1]; y: labels (N,), some
-    of which are the null label; z: targets (N, T, D).
+    of which are the null label; z: targets (N, T, z_dim).
     """
     alpha, sigma, d_alpha, d_sigma = interpolant(t.view(-1, 1, 1, 1), path_type)
     x_t = alpha * x + sigma * noise
@@ -309,7 +323,7 @@ def training_losses(model, x, noise, t, y, z=None, path_type="linear"):
     return velocity_loss, repa_loss(z_tilde, z)
 
 
-# ---- 4. Sampler: from noise at t = 1 to an image at t = 0
+# ---- 4. Sampler: from noise at t = 1 to an image at t = 0 (sample.py uses all of its options)
 def guided_velocity(model, x, t, y, cfg_scale=1.0):
     """Classifier-free guidance (Ho & Salimans 2022): v_null + cfg_scale (v_y - v_null).
     x: (N, C, H, W); t: one number for all images; y: (N,). A scale of 1 means no guidance."""
@@ -347,17 +361,18 @@ def to_unit(pixels):  # uint8 -> float in [-1, 1]
     return pixels.float() / 127.5 - 1
 
 
-def to_pixels(x):  # float in [-1, 1] -> uint8
+def to_pixels(x):  # float in [-1, 1] -> uint8, for sample.py
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def draw_shapes(n, seed):
-    """n images (n, 3, 32, 32) uint8 and labels (n,): ten polygons, each in a hue of its own."""
+    """n images (n, 3, 32, 32) uint8 and labels (n,) of ten classes: polygons with 3 to 7 corners,
+    upright or turned, each class in a hue of its own."""
     rng = random.Random(seed)
     images, labels = [], torch.arange(n) % 10
     for label in labels.tolist():
         corners = 3 + label // 2
-        rotation = 180 / corners * (label % 2)  # odd classes are turned by half a corner
+        rotation = 180 / corners * (label % 2)  # odd classes are turned
         circle = rng.uniform(48, 80), rng.uniform(48, 80), rng.uniform(34, 46)  # x, y, radius
         colour = f"hsv({36 * label}, {rng.uniform(80, 100)}%, {rng.uniform(70, 100)}%)"
         image = Image.new("RGB", (128, 128), f"hsv(0, 0%, {rng.uniform(0, 40)}%)")
@@ -368,29 +383,26 @@ def draw_shapes(n, seed):
 
 def read_image(path):
     """The middle square of an image file, (3, 32, 32) uint8, on white where it is transparent."""
-    with told_as(f"cannot read image {path}; repair or remove it"), Image.open(path) as file:
+    with as_user_error(f"cannot read image {path}; repair or remove it"), Image.open(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
     return pil_to_tensor(ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC))
 
 
-def load_folder(folder):
-    """Images (N, 3, 32, 32) uint8, labels (N,) and class names of FOLDER/CLASS/IMAGE."""
+def open_folder(folder):
+    """The dataset of FOLDER/CLASS/IMAGE. Says how many other files it skips."""
     dataset = ImageFolder(folder, loader=read_image)
-    skipped = sum(path.is_file() for path in Path(folder).glob("*/**/*")) - len(dataset)
+    skipped = sum(path.is_file() for path in Path(folder).rglob("*")) - len(dataset)
     if skipped > 0:
-        print(f"{folder}: {skipped} files are skipped, since they are not named like images")
-    images, labels = zip(*progress(dataset, f"reading {folder}"))
-    return torch.stack(images), torch.tensor(labels), dataset.classes
+        print(f"{folder}: {skipped} files are skipped, which are not images in a class's folder")
+    return dataset
 
 
-def load_cifar10(train):
-    """The same three for CIFAR-10's training or test images, downloaded to ./data once."""
-    with told_as("cannot download CIFAR-10; try --data FOLDER or --smoke"):
-        dataset = CIFAR10("data", train, download=True)
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
-    return images, torch.tensor(dataset.targets), dataset.classes
+def read_all(dataset):
+    """All images (N, 3, 32, 32) uint8 and labels (N,) of a dataset of pairs."""
+    images, labels = zip(*progress(dataset, "reading images"))
+    return torch.stack(images), torch.tensor(labels)
 
 
 def load_data(name):
@@ -399,31 +411,40 @@ def load_data(name):
     else it holds the classes themselves, and every 50th image is held out."""
     if name == "shapes":
         return *draw_shapes(4000, seed=0), *draw_shapes(200, seed=1), list("0123456789")
-    train, test = Path(name, "train"), Path(name, "test")
-    if not test.is_dir():
-        test = Path(name, "val")
+    folder = Path(name)
     if name == "cifar10":
-        images, labels, classes = load_cifar10(train=True)
-        val_images, val_labels, val_classes = load_cifar10(train=False)
-    elif train.is_dir() and test.is_dir():
-        images, labels, classes = load_folder(train)
-        val_images, val_labels, val_classes = load_folder(test)
-    elif train.is_dir() and any(path.is_dir() for path in train.iterdir()):
-        # With images in it, train/ would be a class of that name.
-        raise UserError(f"{name} has train/ with classes in it, but neither test/ nor val/")
-    else:
-        images, labels, classes = load_folder(name)
-        held_out = torch.arange(1, len(images) + 1) % 50 == 0
-        val_images, val_labels, val_classes = images[held_out], labels[held_out], classes
-        images, labels = images[~held_out], labels[~held_out]
-    if classes != val_classes:
-        raise UserError(f"{train} has the classes {classes}, but {test} has {val_classes}")
-    if len(val_images) == 0:
-        raise UserError(f"{name} has fewer than 50 images, so that none is held out")
-    for label, class_name in enumerate(classes):
-        if not (labels == label).any():
+        with as_user_error("cannot download CIFAR-10; try --data FOLDER or --smoke"):
+            train = CIFAR10("data", train=True, transform=pil_to_tensor, download=True)
+            test = CIFAR10("data", train=False, transform=pil_to_tensor)
+    elif any(path.is_dir() for path in folder.glob("train/*")):
+        held_out = "test" if (folder / "test").is_dir() else "val"
+        train, test = open_folder(folder / "train"), open_folder(folder / held_out)
+    else:  # the folder holds the classes; one of them may be called train, with images in it
+        train = open_folder(folder)
+        test = copy.copy(train)
+        files = train.samples  # pairs of a path and a label
+        if len(files) < 50:
+            raise UserError(f"{name} has fewer than 50 images, so that none is held out")
+        train.samples = [file for i, file in enumerate(files) if i % 50 != 49]
+        test.samples = files[49::50]
+    if train.classes != test.classes:
+        difference = f"{train.classes} in {train.root}, but {test.classes} in {test.root}"
+        raise UserError(f"the classes differ: {difference}")
+    images, labels = read_all(train)
+    for label, class_name in enumerate(train.classes):
+        if not (labels == label).any():  # perhaps because its only image is held out
             raise UserError(f"class {class_name} of {name} has no training image")
-    return images, labels, val_images, val_labels, classes
+    return images, labels, *read_all(test), train.classes
+
+
+def prepare_data(name, device):
+    """`load_data` for training, on the device: with the mirror images of the training images, and
+    with at most 1,000 of the held-out images."""
+    images, labels, val_images, val_labels, classes = load_data(name)
+    images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+    every = math.ceil(len(val_images) / 1000)
+    tensors = images, labels, val_images[::every], val_labels[::every]
+    return *[tensor.to(device) for tensor in tensors], classes
 
 
 # ---- 6. Options
@@ -437,13 +458,13 @@ def build_parser():
     add = parser.add_argument
     add("--smoke", action="store_true", help="a minute on a CPU, without downloads")
     add("--data", default="cifar10", help="cifar10, shapes (built in), or a folder")
-    add("--model", default="SiT-S/2", choices=SIT_MODELS, metavar="SiT-S/2")
+    add("--model", default="SiT-S/2", choices=SIT_MODELS, metavar="MODEL", help="SiT-S/2, ...")
     add("--encoder", default=DINOV2, help="a timm ViT or CNN")
     add("--encoder-weights", default="download", help="download, random, or a file")
     add("--encoder-depth", type=int, help="aligned block (default: the model's)")
     add("--proj-coeff", type=float, default=0.5, help="lambda; 0 is a vanilla SiT")
-    add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from here on")
-    add("--cache-targets", action=argparse.BooleanOptionalAction, help="compute them all, once")
+    add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from this step on")
+    add("--cache-targets", action=argparse.BooleanOptionalAction, help="compute all at first")
     add("--path-type", default="linear", choices=["linear", "cosine"])
     add("--cfg-prob", type=float, default=0.1, help="share of labels dropped")
     add("--batch-size", type=int, default=256, help="images in a step")
@@ -455,50 +476,55 @@ def build_parser():
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the device's")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output-dir", metavar="FOLDER", help="default: a new one in runs/")
+    folder = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    place.add_argument("--output-dir", default=folder, help="default: a new one in runs/")
     place.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
     return parser
 
 
 def parse_options(argv):
-    """The options, and the checkpoint of --resume. An option is what is typed, else what the
-    checkpoint says, else what --smoke says, else its default."""
-    parser, checkpoint = build_parser(), None
-    args = parser.parse_args(argv)  # a first look, only for --smoke and --resume
+    """The options, and the checkpoint of --resume or None. An option is what is typed, else what
+    the checkpoint says, else what --smoke says, else its default. So argv is parsed twice: first
+    to find --smoke and --resume, and then with their values as the defaults."""
+    parser, checkpoint, defaults = build_parser(), None, {}
+    args = parser.parse_args(argv)
+    if "" in vars(args).values():  # such as --data "$DATA" if that variable is not set
+        parser.error("an option is empty")
     if args.smoke:
-        parser.set_defaults(**SMOKE)
+        defaults.update(SMOKE)
     if args.resume is not None:
         checkpoint = load_checkpoint(args.resume)
-        parser.set_defaults(**checkpoint["config"])
-    args = parser.parse_args(argv)  # with the new defaults; what is typed still wins
-    numbers = args.batch_size, args.max_train_steps, args.eval_every
-    if min(numbers) < 1 or "" in vars(args).values():
-        parser.error("an option is empty, or a number of steps or images is below 1")
+        defaults.update(checkpoint["config"])  # all options of the run, also where it was
+        run = Path(args.resume)
+        defaults["output_dir"] = str(run if run.is_dir() else run.parent)  # where it is now
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if min(args.batch_size, args.max_train_steps, args.eval_every) < 1:
+        parser.error("a number of images or steps is below 1")
     if not (args.learning_rate >= 0 and args.proj_coeff >= 0 and 0 <= args.cfg_prob <= 1):
         parser.error("--learning-rate, --proj-coeff or --cfg-prob is out of range")
-    if args.resume is not None:
-        path = Path(args.resume)
-        args.output_dir = str(path if path.is_dir() else path.parent)
-    elif args.output_dir is None:
-        args.output_dir = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-    elif Path(args.output_dir, "checkpoint.pt").exists():
+    if checkpoint is None and Path(args.output_dir, "checkpoint.pt").exists():
         parser.error(f"{args.output_dir} holds a run; --resume {args.output_dir} continues it")
+    if checkpoint is not None and checkpoint["step"] >= args.max_train_steps:
+        parser.exit(message=f"the run is finished, at step {checkpoint['step']}\n")
     return args, checkpoint
 
 
 # ---- 7. Training
 def seed_for(*use):
-    """A seed for a use such as ("batch", seed, step). Other uses get unrelated random numbers, and
-    unlike hash(), Random gives a text the same number in every process."""
+    """A seed for a use such as ("batch", seed, step). Different uses get unrelated seeds. Unlike
+    hash(), Random makes the same number of a text in every process."""
     return random.Random(repr(use)).getrandbits(63)
 
 
 def draw_batch(images, labels, null_label, step, args):
     """Draw all that is random in a training step, with a generator that only depends on the seed
-    and the step. So a resumed run and a run without REPA see the same batches.
+    and the step. So all runs of one seed, with or without REPA, resumed or not, see the same
+    batches, if they are on the same kind of device.
 
-    Returns images x (N, 3, 32, 32) in [-1, 1]; noise like x; times t (N,) in [0, 1]; labels y (N,),
-    some of which are replaced by the null label; and index (N,), the numbers of the images.
+    Returns images x (N, 3, 32, 32) in [-1, 1], drawn with replacement; noise like x; times t (N,)
+    in [0, 1]; labels y (N,), some of which are replaced by the null label; and index (N,), the
+    numbers of the images.
     """
     n, device = args.batch_size, images.device
     g = torch.Generator(device).manual_seed(seed_for("batch", args.seed, step))
@@ -513,31 +539,33 @@ def draw_batch(images, labels, null_label, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay * ema + (1 - decay) * model. The decay is the paper's 0.9999 from step 90,000.
-    With 0.9999 from the start, 82% of the initial weights would be left after 2,000 steps."""
+    """ema <- decay * ema + (1 - decay) * model. The paper's decay is 0.9999, with which 82% of the
+    initial weights would be left after 2,000 steps. So ours starts lower, and is 0.9999 from step
+    90,000 on."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, 1 - decay)
 
 
 def pick_device(name=None, dtype=None):
-    """The device (default: a GPU if there is one) and the dtype for autocast: by default bfloat16
-    on CUDA, float16 on older cards such as a T4, and float32 elsewhere. Raises UserError."""
+    """The device and the dtype for autocast. By default they are a GPU, if there is one, with
+    bfloat16 on CUDA, but float16 on older cards such as a T4; and float32 on all other devices.
+    Float32 means TF32 on cards that have it. Raises UserError."""
     if name is None and torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator().type
-    with told_as(f"device {name} does not work here; try --device cpu"):
+    with as_user_error(f"device {name} does not work here; try --device cpu"):
         device = torch.device(name or "cpu")
         torch.zeros(1, device=device).item()
     if dtype is None and device.type == "cuda":
         is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = "bfloat16" if is_recent else "float16"
+    torch.set_float32_matmul_precision("high")  # TF32
     return device, getattr(torch, dtype or "float32")
 
 
 @torch.no_grad()
 def compute_targets(encoder, images):
-    """The targets (N, T, D) of uint8 images, in half precision, on the images' device. Those of
-    CIFAR-10 and its mirror images take 19.7 GB for SiT-S/2, and 4.9 GB for SiT-S/4."""
+    """The targets (N, T, z_dim) of uint8 images, in half precision, on the images' device."""
     shape = len(images), encoder.grid_size**2, encoder.embed_dim
     targets = torch.empty(shape, dtype=torch.float16, device=images.device)
     for i in progress(range(0, len(images), 100), "computing targets"):
@@ -548,41 +576,45 @@ def compute_targets(encoder, images):
 @torch.no_grad()
 def evaluate(model, encoder, images, labels, path_type):
     """The held-out velocity loss and, with an encoder, the mean cosine of the patches, as a dict.
-    Noise and times are the same in every evaluation of every run."""
+    Noise and times are always the same. Raises UserError if the loss is not finite."""
     g = torch.Generator().manual_seed(seed_for("evaluation"))
     noise = torch.randn(images.shape, generator=g).to(images.device)
     t = torch.rand(len(images), generator=g).to(images.device)
-    means, z = defaultdict(float), None
+    means = defaultdict(float)
     for i in torch.arange(len(images), device=images.device).split(100):
-        x, share = to_unit(images[i]), len(i) / len(images)
-        if encoder is not None:
-            z = encoder(x)
-        losses = training_losses(model, x, noise[i], t[i], labels[i], z, path_type)
-        means["val_velocity_loss"] += share * losses[0].item()
-        if encoder is not None:
-            means["val_alignment"] += share * -losses[1].item()  # minus L_REPA is the cosine
+        x, weight = to_unit(images[i]), len(i) / len(images)
+        z = None if encoder is None else encoder(x)
+        l_velocity, l_repa = training_losses(model, x, noise[i], t[i], labels[i], z, path_type)
+        means["val_velocity_loss"] += weight * l_velocity.item()
+        if z is not None:
+            cosine = -l_repa.item()
+            means["val_alignment"] += weight * cosine
+    if not math.isfinite(means["val_velocity_loss"]):
+        advice = "--resume the run, or start again if it has no checkpoint yet,"
+        raise UserError(f"the loss is not finite; {advice} with a smaller --learning-rate")
     return means
 
 
 def draw_grid(model, path):
     """Write samples without guidance, one class a row, always from the same noise."""
-    device = model.pos_embed.device
-    y = torch.arange(min(10, model.num_classes), device=device).repeat_interleave(10)
+    y = torch.arange(min(10, model.num_classes)).repeat_interleave(10)
     g = torch.Generator().manual_seed(seed_for("grid"))
-    noise = torch.randn(len(y), 3, 32, 32, generator=g).to(device)
-    save_image(to_pixels(sample_ode(model, noise, y)) / 255, path, nrow=10)
+    noise = torch.randn(len(y), 3, 32, 32, generator=g)
+    device = model.pos_embed.device
+    x = sample_ode(model, noise.to(device), y.to(device))
+    save_image((x + 1) / 2, path, nrow=10)
 
 
 def save(folder, checkpoint):
-    """Write checkpoint.pt and metrics.csv. The rename keeps checkpoint.pt whole at any time.
-    Raises OSError."""
+    """Write checkpoint.pt and metrics.csv. The rename keeps checkpoint.pt whole at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / "checkpoint.part"
-    try:
+    with as_user_error(f"cannot write {part}"):
         torch.save(checkpoint, part)
-    except RuntimeError as error:  # torch's error when the disk is full
-        raise OSError(f"cannot write {part}: {error}") from error
     part.replace(folder / "checkpoint.pt")
-    columns = max(checkpoint["rows"], key=len)  # a row without REPA has fewer
+    columns = {}  # the names of all columns; a row without REPA has fewer than others
+    for row in checkpoint["rows"]:
+        columns.update(row)
     with open(folder / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -595,75 +627,64 @@ def load_checkpoint(path):
     if path.is_dir():
         path = path / "checkpoint.pt"
     keys = ["model", "ema", "optimizer", "scaler", "step", "rows", "config", "sit", "classes"]
-    with told_as(f"{path} is not a checkpoint of this version of repa_mini.py"):
+    with as_user_error(f"cannot load {path} as a checkpoint of this version of repa_mini.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        return {key: checkpoint[key] for key in keys}
+        return {key: checkpoint[key] for key in keys}  # a missing key is an error, too
 
 
-def restore(checkpoint, parts):
-    """Load the states of the model, its EMA, the optimizer and the scaler. Raises UserError."""
-    with told_as("the checkpoint is of another model"):
+def restore(checkpoint, parts, learning_rate):
+    """Load the states of the parts, {"model": model, "ema": ...}. The learning rate is that of the
+    option, even if the checkpoint has another. Raises UserError."""
+    advice = "it was made with another --model, --data, --encoder or --proj-coeff"
+    with as_user_error(f"the model does not fit the checkpoint; perhaps {advice}"):
         for name, part in parts.items():
-            if name != "scaler" or checkpoint[name]:  # its state is empty unless in float16
+            if checkpoint[name]:  # the scaler has a state only in float16
                 part.load_state_dict(checkpoint[name])
-
-
-def prepare_data(name, device):
-    """`load_data` for training, on the device: with the mirror images of the training images, and
-    with at most 1,000 of the held-out images."""
-    images, labels, val_images, val_labels, classes = load_data(name)
-    images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-    every = math.ceil(len(val_images) / 1000)
-    tensors = images, labels, val_images[::every], val_labels[::every]
-    return *[tensor.to(device) for tensor in tensors], classes
+    parts["optimizer"].param_groups[0]["lr"] = learning_rate
 
 
 def train(args, checkpoint=None):
     """Train as the options say, from the checkpoint on if there is one. Leaves checkpoint.pt,
     metrics.csv and samples_*.png in the folder args.output_dir."""
-    if checkpoint is not None and checkpoint["step"] >= args.max_train_steps:
-        print(f"the run is finished, at step {checkpoint['step']}; see --max-train-steps")
-        return
-    folder = Path(args.output_dir)
     device, dtype = pick_device(args.device, args.dtype)
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    is_mixed = dtype != torch.float32
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=is_mixed)
 
-    # The encoder and the images. `sit` collects SiT's arguments, which sample.py needs, too.
-    sit = dict(SIT_MODELS[args.model], z_dim=0)
+    # The encoder, which fails early if it does not fit, and the images.
     encoder = None
     if args.proj_coeff > 0:
-        grid_size = 32 // sit["patch_size"]
+        grid_size = 32 // SIT_MODELS[args.model]["patch_size"]
         encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights).to(device)
-        sit["z_dim"] = encoder.embed_dim
-    if args.encoder_depth is not None:
-        sit["encoder_depth"] = args.encoder_depth
     images, labels, val_images, val_labels, classes = prepare_data(args.data, device)
-    sit["num_classes"] = len(classes)
 
     # The model, its moving average (EMA) and the optimizer: new ones, or the checkpoint's.
+    z_dim = 0 if encoder is None else encoder.embed_dim
+    sit = dict(SIT_MODELS[args.model], num_classes=len(classes), z_dim=z_dim)
+    if args.encoder_depth is not None:
+        sit["encoder_depth"] = args.encoder_depth
     torch.manual_seed(seed_for("weights", args.seed))
-    model = SiT(**sit).to(device).train()
+    model = SiT(**sit).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    learning_rate = args.learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0, fused=True)
+    settings = dict(lr=args.learning_rate, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     start, rows = 0, []
     if checkpoint is not None:
         start, rows = checkpoint["step"], checkpoint["rows"]
-        restore(checkpoint, parts)
-        optimizer.param_groups[0]["lr"] = learning_rate  # the option's, not the checkpoint's
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = f"{len(images)} images of {len(classes)} classes, mirror images included"
-    print(f"{args.model} on {device}, {counts}, in {folder}")
+        restore(checkpoint, parts, args.learning_rate)
     if args.compile or (args.compile is None and device.type == "cuda"):
-        torch._dynamo.config.suppress_errors = True  # if it fails, torch says so and goes on
+        # With this, if a model cannot be compiled, for example because there is no C compiler,
+        # torch prints a warning and runs the model as it is.
+        torch._dynamo.config.suppress_errors = True
         model.compile()
         ema.compile()
+    cached_targets = None
     if encoder is not None and args.cache_targets:
         with autocast():
             cached_targets = compute_targets(encoder, images)
+    folder = Path(args.output_dir)
+    print(f"{args.model} on {device}, {len(images)} images with mirror images, in {folder}")
 
     history = defaultdict(list)  # what the steps since the last evaluation have logged
     steps = range(start, args.max_train_steps)
@@ -675,54 +696,53 @@ def train(args, checkpoint=None):
             # 2. The targets: what the encoder says about the clean images.
             if encoder is None or step >= args.repa_stop_step:
                 z = None
-                # Compiled code gives unused parameters gradients of zero, with which momentum
-                # would still move the projector.
-                model.projectors.requires_grad_(False)
-            elif args.cache_targets:
+            elif cached_targets is not None:
                 z = cached_targets[index]
             else:
                 z = encoder(x)
 
             # 3. The loss: L = L_velocity + lambda L_REPA.
-            velocity_loss, repa_loss = training_losses(model, x, noise, t, y, z, args.path_type)
-            loss = velocity_loss
+            l_velocity, l_repa = training_losses(model, x, noise, t, y, z, args.path_type)
+            loss = l_velocity
             if z is not None:
-                loss = velocity_loss + args.proj_coeff * repa_loss
-                history["repa_loss"].append(repa_loss.detach())
+                loss = l_velocity + args.proj_coeff * l_repa
+                history["repa_loss"].append(l_repa.detach())
 
         # 4. The update of the weights and of their moving average.
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # the scaler does nothing unless dtype is float16
+        if z is None:
+            # From --repa-stop-step on the projector must not move. AdamW skips it if its gradients
+            # are None. Compiled code makes them zeros, with which momentum would still move it.
+            model.projectors.zero_grad(set_to_none=True)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         update_ema(ema, model, step)
         history["loss"].append(loss.detach())
-        history["velocity_loss"].append(velocity_loss.detach())
+        history["velocity_loss"].append(l_velocity.detach())
         history["grad_norm"].append(grad_norm)
 
-        # 5. Now and then: evaluate, save, draw. Only here does the host wait for the device.
+        # 5. Now and then: evaluate, save, draw. Reading a number makes the host wait for the
+        # device, so it is done nowhere else.
         done = step + 1
-        is_last = done == args.max_train_steps
-        if done % args.eval_every == 0 or is_last:
+        if done % args.eval_every == 0 or done == args.max_train_steps:
             row = {name: torch.stack(values).mean().item() for name, values in history.items()}
             history.clear()
-            with autocast():
+            with autocast():  # if the loss is not finite, the run ends here, before the save
                 row.update(evaluate(ema, encoder, val_images, val_labels, args.path_type))
-            if not math.isfinite(row["val_velocity_loss"]):
-                advice = f"--resume {folder}, or start again if it holds no checkpoint yet"
-                raise UserError(f"the loss is not finite; {advice}, with a smaller --learning-rate")
             rows.append({"step": done, **row})
             tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
             state = {name: part.state_dict() for name, part in parts.items()}
+            # sample.py also needs the arguments of SiT and the names of the classes.
             state.update(step=done, rows=rows, config=vars(args), sit=sit, classes=classes)
             try:
                 save(folder, state)
                 with autocast():
                     draw_grid(ema, folder / f"samples_{done:07d}.png")
-            except OSError as error:  # a full disk, or on Windows a file that is open elsewhere
-                if is_last:
+            except (UserError, OSError) as error:  # a full disk or, on Windows, an open file
+                if done == args.max_train_steps:  # there is no next evaluation
                     raise
                 tqdm.write(f"cannot save ({error}); the next evaluation will try again")
 
@@ -734,7 +754,7 @@ def main(argv=None):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the memory is full; try a smaller --batch-size or --no-cache-targets")
+        sys.exit("error: the memory is full; try a smaller --batch-size, or no --cache-targets")
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last checkpoint, if there is one")
 

@@ -269,18 +269,6 @@ def knn_accuracy(features, labels, topk=10):
     return (votes.argmax(dim=1) == labels).double().mean().item()
 
 
-def frechet_distance(a, b):
-    """|mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^(1/2)) of features a (n, D) and b (m, D) with
-    covariances Ca and Cb. The root has the trace of (Ca^(1/2) Cb Ca^(1/2))^(1/2)."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt()  # root @ root.T = Ca
-    cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
 def show_cknna(args, run):
     """A table: for each block and t, CKNNA with the encoder and the accuracy of the neighbours."""
     images, labels = held_out_images(args, run)
@@ -429,8 +417,7 @@ def main(argv=None):
     try:
         args, checkpoint = parse_options(argv)
         device, dtype = repa_mini.pick_device(args.device, args.dtype)
-        torch.set_float32_matmul_precision("high")  # TF32, like the authors
-        with repa_mini.told_as(f"the model in {args.ckpt} does not fit repa_mini.py"):
+        with repa_mini.as_user_error(f"the model in {args.ckpt} does not fit repa_mini.py"):
             model = repa_mini.SiT(**checkpoint["sit"])
             model.load_state_dict(checkpoint["ema"])
         model = model.to(device).eval().requires_grad_(False)

@@ -8,7 +8,6 @@ ones. And with CONTROL=1 each image of a training batch gets the targets of anot
 batch: the targets keep their statistics, but say nothing about the image.
 """
 
-import contextlib
 import hashlib
 import os
 import sys
@@ -23,7 +22,7 @@ compute_targets = repa_mini.compute_targets
 training_losses = repa_mini.training_losses
 
 
-def targets_on_disk(encoder, images, autocast):
+def targets_on_disk(encoder, images):
     """compute_targets in float32, or what an earlier run has computed for encoder and images."""
     digest = hashlib.sha256(images.numpy().tobytes())
     for name, p in encoder.state_dict().items():
@@ -32,7 +31,8 @@ def targets_on_disk(encoder, images, autocast):
     if not path.exists():
         encoder.model.to(memory_format=torch.channels_last)  # faster for CNNs
         part = path.with_suffix(f".{os.getpid()}")
-        torch.save(compute_targets(encoder, images, contextlib.nullcontext), part)
+        with torch.autocast(images.device.type, enabled=False):
+            torch.save(compute_targets(encoder, images), part)
         part.replace(path)
     return torch.load(path, mmap=True)  # in memory once, however many runs read it
 

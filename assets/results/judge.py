@@ -1,15 +1,19 @@
-"""judge.py: how far samples are from real images, to judges that no run was trained towards.
+"""judge.py: how far samples are from real images, in the features of three networks.
 
     python assets/results/judge.py train --data DIR --task labels --judge runs/labels.pt
     python assets/results/judge.py train --data DIR --task rotations --judge runs/rotations.pt
     python assets/results/judge.py score --data DIR --judges runs/labels.pt runs/rotations.pt \
-        --output assets/results/distances.csv --samples floor runs/RUN-STEP.npz [...]
+        --kin LITE2 --output assets/results/distances.csv --runs floor runs/RUN [...]
 
-A judge is a ResNet-10 of half the width. It is trained here, on the same images as the runs: one
-judge to tell the classes, the other without any label, to tell by how many quarter turns an image
-is rotated. For each .npz of sample.py a row is appended with the Fréchet distance of its features
-to those of all held-out images, by each judge, and the share of samples that the first judge
-gives the class that they were drawn for. "floor" stands for 2,000 training images.
+Two judges are ResNet-10s of half the width, which no run was trained towards. They are trained
+here, on the same images as the runs: one to tell the classes, the other without any label, to tell
+by how many quarter turns an image is rotated. The third, with --kin, is EfficientNet-Lite2 with
+ImageNet weights from a file, the larger sibling of the network that gives the targets.
+
+`score` draws 5,000 samples of each run (EMA, 25 Euler steps, no guidance, equally many of each
+class, the same noise for every run) and appends a row: the Frechet distance of their features to
+those of all held-out images, by each judge, and the share of samples that the first judge gives the
+class that they were drawn for. "floor" stands for 5,000 training images.
 """
 
 import argparse
@@ -17,7 +21,6 @@ import csv
 import sys
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's top folder
 import repa_mini
+import sample
+
+SAMPLES = 5000
 
 
 def make_judge(num_classes):
@@ -59,6 +65,26 @@ def look(judge, images):
     maps = [judge.eval().forward_features(repa_mini.to_unit(x)) for x in images.split(500)]
     features = judge.forward_head(torch.cat(maps), pre_logits=True)
     return features, judge.get_classifier()(features).argmax(1)
+
+
+def look_as_kin(encoder, images):
+    """uint8 images -> the mean tokens of EfficientNet-Lite2 at stride 16 (N, D)."""
+    batches = tqdm(images.split(100), "kin", disable=None)
+    return torch.cat([encoder(repa_mini.to_unit(x)).mean(1) for x in batches])
+
+
+def draw(checkpoint):
+    """SAMPLES samples (N, 3, 32, 32) uint8 of a checkpoint, and the classes that they are of."""
+    model = repa_mini.SiT(**checkpoint["sit"])
+    model.load_state_dict(checkpoint["ema"])
+    model.eval().requires_grad_(False).compile()
+    images, labels = [], torch.arange(SAMPLES) % 10
+    for numbers in tqdm(torch.arange(SAMPLES).split(100), "samples", disable=None):
+        noise = sample.starting_noise(0, numbers.tolist())
+        with torch.autocast("cpu", torch.bfloat16):
+            x = repa_mini.sample_ode(model, noise, labels[numbers], num_steps=25)
+        images.append(repa_mini.to_pixels(x))
+    return torch.cat(images), labels
 
 
 def frechet_distance(a, b):
@@ -112,20 +138,26 @@ def score(args):
         judge = make_judge(len(saved["judge"]["fc.bias"]))
         judge.load_state_dict(saved["judge"])
         judges[saved["task"]] = (judge, look(judge, val_images)[0])
-    for name in args.samples:
+    if args.kin is not None:
+        kin = repa_mini.TargetEncoder("tf_efficientnet_lite2", 8, args.kin)
+        kin.model.to(memory_format=torch.channels_last)
+        real_kin = look_as_kin(kin, val_images)
+    for name in args.runs:
         if name == "floor":
-            chosen = torch.linspace(0, len(images) - 1, 2000).long()
+            chosen = torch.linspace(0, len(images) - 1, SAMPLES).long()
             run, step, fake, drawn = name, 0, images[chosen], labels[chosen]
         else:
-            run, step = Path(name).stem.rsplit("-", 1)
-            fake = torch.from_numpy(np.load(name)["arr_0"]).permute(0, 3, 1, 2)
-            drawn = torch.arange(len(fake)) % 10  # sample.py draws the classes in turn
+            checkpoint = repa_mini.load_checkpoint(name)
+            run, step = Path(name).name, checkpoint["step"]
+            fake, drawn = draw(checkpoint)
         row = dict(run=run, step=step, samples=len(fake))
         for task, (judge, real) in judges.items():
             features, predicted = look(judge, fake)
             row[task] = round(frechet_distance(features, real), 3)
             if task == "labels":
                 row["accuracy"] = round((predicted == drawn).double().mean().item(), 4)
+        if args.kin is not None:
+            row["kin"] = round(frechet_distance(look_as_kin(kin, fake), real_kin), 3)
         is_new = not Path(args.output).exists()
         with open(args.output, "a", newline="") as file:
             writer = csv.DictWriter(file, row)
@@ -144,7 +176,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=8, help="for train")
     parser.add_argument("--seed", type=int, default=0, help="for train")
     parser.add_argument("--judges", nargs="+", help="for score: files of judges, labels first")
-    parser.add_argument("--samples", nargs="+", help="for score: .npz files, or floor")
+    parser.add_argument("--kin", help="for score: a file with weights of tf_efficientnet_lite2")
+    parser.add_argument("--runs", nargs="+", help="for score: folders of runs, or floor")
     parser.add_argument("--output", default="distances.csv", help="for score: a CSV")
     options = parser.parse_args()
     dict(train=train, score=score)[options.what](options)

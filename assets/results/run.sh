@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# run.sh: the runs behind the results, with their samples and numbers. In the project's top folder:
+# run.sh: the runs behind the results, with their numbers. In the project's top folder:
 #
-#     DATA=cifar10_jpeg LITE0=tf_efficientnet_lite0.pth bash assets/results/run.sh
+#     DATA=cifar10_jpeg LITE0=tf_efficientnet_lite0.pth LITE2=tf_efficientnet_lite2.pth \
+#       bash assets/results/run.sh
 #
 # It may be stopped and started again: what is finished is not made a second time. RUNS names other
-# runs, ARM-SEED each, for example RUNS="control2-0 random2-0".
+# runs, ARM-SEED each, and STEPS their length, for example RUNS="control2-0 random2-0". LONG=1 goes
+# on with seed 0 of vanilla and REPA afterwards, and with REPA that stops at step 4,000.
 set -euo pipefail
 DATA=${DATA:?a folder with train/CLASS/IMAGE and test/CLASS/IMAGE}
 LITE0=${LITE0:?a file with the weights of tf_efficientnet_lite0, which gives the targets}
-RUNS=${RUNS:-vanilla-0 repa2-0 vanilla-1 repa2-1 vanilla-2 repa2-2}
+LITE2=${LITE2:?a file with the weights of tf_efficientnet_lite2, one of the judges}
+RUNS=${RUNS:-$(echo {vanilla,repa2,control2,random2}-{0,1,2})}
 STEPS=${STEPS:-4000}
 export OMP_NUM_THREADS=1  # one core a run: several may run at once, with different RUNS
 export TIMM_FUSED_ATTN=0  # torch 2.14's fused attention is slow on a CPU, backwards in bfloat16
@@ -32,23 +35,39 @@ train() {  # RUN
   cp "$folder/metrics.csv" "$results/$1.csv"
 }
 
+judge() {  # RUN or floor, STEP
+  if ! grep -qs "^$(basename "$1"),$2," $results/distances.csv; then
+    python $results/judge.py score --data "$DATA" --judges runs/labels.pt runs/rotations.pt \
+      --kin "$LITE2" --output $results/distances.csv --runs "$1"
+  fi
+}
+
 for task in labels rotations; do
   if [ ! -f runs/$task.pt ]; then
     python $results/judge.py train --data "$DATA" --task $task --judge runs/$task.pt
   fi
 done
+judge floor 0
 for run in $RUNS; do
   train "$run"
   if [ ! -f "$results/losses-$run.csv" ]; then
     python sample.py --ckpt "runs/$run" --device cpu --losses --output "$results/losses-$run.csv"
   fi
-  if [ ! -f "runs/$run-$STEPS.npz" ]; then
-    python sample.py --ckpt "runs/$run" --device cpu --dtype bfloat16 --num-samples 2000 \
-      --num-steps 25 --batch-size 250 --npz "runs/$run-$STEPS.npz"
-    python $results/judge.py score --data "$DATA" --judges runs/labels.pt runs/rotations.pt \
-      --output $results/distances.csv --samples "runs/$run-$STEPS.npz"
-  fi
+  judge "runs/$run" "$STEPS"
 done
+if [ -n "${LONG:-}" ]; then
+  for arm in vanilla repa2 stop; do  # each goes on from a copy of its run of 4,000 steps
+    folder=runs/long-$arm start=runs/${arm/stop/repa2}-0 options=()
+    if [ $arm = stop ]; then options=(--repa-stop-step 4000); fi
+    if [ ! -d "$folder" ]; then cp -r "$start" "$folder"; fi
+    for step in 8000 16000 32000; do
+      python $results/arm.py --resume "$folder" --max-train-steps $step --eval-every 1000 \
+        "${options[@]}"
+      cp "$folder/metrics.csv" $results/long-$arm.csv
+      judge "$folder" $step
+    done
+  done
+fi
 python $results/constant.py --data "$DATA" --encoder tf_efficientnet_lite0 \
   --encoder-weights "$LITE0"
 echo "now: pip install matplotlib && python $results/figures.py"
