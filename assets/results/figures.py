@@ -101,7 +101,7 @@ def draw():
     axes[0].set(xlabel="step", ylabel="held-out velocity loss, % below vanilla's")
     axes[1].set(xlabel="step", ylabel="alignment (mean patch cosine)")
     axes[2].set(xlabel="noise level t", ylabel="held-out velocity loss, % below vanilla's")
-    axes[0].legend(fontsize="small", title="arm (number of seeds)")
+    axes[1].legend(fontsize="small", title="runs (number of seeds)", loc="center")
     figure.savefig("assets/results.png", dpi=90)
 
 
@@ -117,18 +117,21 @@ def cell(runs, form):
 
 
 def table():
-    print("| arm | seeds | velocity loss | alignment | distance, labels | rotations | class seen |")
-    print("| --- " * 7 + "|")
+    print("| runs | seeds | velocity loss | alignment | labels | rotations | Lite2 | class seen |")
+    print("| --- " * 8 + "|")
     for arm, (label, _) in ARMS.items():
         cells = [label, str(len(runs_of(arm)))]
         cells.append(cell(curves(arm, "val_velocity_loss"), ".4f"))
         cells.append(cell(curves(arm, "val_alignment"), ".3f"))
-        for column, form in dict(labels=".2f", rotations=".2f", accuracy=".1%").items():
+        for column, form in dict(labels=".2f", rotations=".2f", kin=".0f", accuracy=".1%").items():
             cells.append(cell(judged(arm, column), form))
         print(f"| {' | '.join(cells)} |")
     for row in read(FOLDER / "distances.csv"):
         if row["run"] == "floor":
             print(f"floor: {row}")
+    for path in sorted(FOLDER.glob("long-*.csv")):
+        losses = {int(row["step"]): float(row["val_velocity_loss"]) for row in read(path)}
+        print(path.stem, {step: losses[step] for step in losses if step % 4000 == 0})
 
 
 if __name__ == "__main__":
