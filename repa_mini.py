@@ -167,7 +167,8 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self.init_weights()
-        # The projector draws its weights last, so that the others are the same without it.
+        # The projector's weights are drawn after all others, so that one seed gives the same SiT
+        # with and without a projector.
         self.projectors = nn.ModuleList()  # a list, as in the authors' code, of one or none
         if z_dim > 0:
             first = nn.Linear(hidden_size, projector_dim)
@@ -184,8 +185,8 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]:
             nn.init.normal_(layer.weight, std=0.02)
-        # adaLN-Zero. The biases of all linear layers are 0 already. With weights of 0, too, these
-        # layers give 0 at first: all shifts, scales and gates are 0, and so is the velocity.
+        # adaLN-Zero. The biases of all linear layers are 0 already. With weights of 0, too, all
+        # shifts, scales and gates are 0 at first, and (last line) so is the velocity.
         for module in [*self.blocks, self.final_layer]:
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -241,11 +242,11 @@ def build_encoder(name, weights):
 
 def choose_layer(model):
     """The number and the stride of the layer whose output is the target: the last block of a ViT,
-    or the stage of a CNN with stride 16. timm lists blocks and stages in feature_info. The stride,
-    or "reduction", is the number of pixels from one token to the next: 14 in every block of
-    DINOv2, but 2, 4, 8, 16 and 32 in the stages of a ResNet."""
+    or the stage of a CNN with stride 16. The stride is the number of pixels from one token to the
+    next: 14 in every block of DINOv2, but 2, 4, 8, 16 and 32 in the stages of a ResNet. timm calls
+    it "reduction", and lists the layers in feature_info as forward_intermediates numbers them."""
     strides = [layer["reduction"] for layer in model.feature_info]
-    if strides[0] == strides[-1]:  # a ViT
+    if strides[0] == strides[-1]:  # a ViT, since all its blocks have the same stride
         return len(strides) - 1, strides[-1]
     return strides.index(16), 16
 
@@ -401,14 +402,17 @@ def open_folder(folder):
 
 def read_all(dataset):
     """All images (N, 3, 32, 32) uint8 and labels (N,) of a dataset of pairs."""
-    images, labels = zip(*progress(dataset, "reading images"))
+    pairs = [dataset[i] for i in progress(range(len(dataset)), "reading images")]
+    images, labels = zip(*pairs)
     return torch.stack(images), torch.tensor(labels)
 
 
 def load_data(name):
     """Training images and labels, held-out images and labels, class names. Raises UserError.
-    The name is cifar10, shapes, or a folder. The folder holds train/ and one of test/ and val/; or
-    else it holds the classes themselves, and every 50th image is held out."""
+
+    The name is cifar10, shapes, or a folder. A folder holds train/CLASS/IMAGE with test/CLASS/IMAGE
+    or val/CLASS/IMAGE; or it holds CLASS/IMAGE, and then every 50th image is held out.
+    """
     if name == "shapes":
         return *draw_shapes(4000, seed=0), *draw_shapes(200, seed=1), list("0123456789")
     folder = Path(name)
@@ -422,7 +426,7 @@ def load_data(name):
     else:  # the folder holds the classes; one of them may be called train, with images in it
         train = open_folder(folder)
         test = copy.copy(train)
-        files = train.samples  # pairs of a path and a label
+        files = train.samples  # pairs of a path and a label, which are all that a dataset reads
         if len(files) < 50:
             raise UserError(f"{name} has fewer than 50 images, so that none is held out")
         train.samples = [file for i, file in enumerate(files) if i % 50 != 49]
@@ -464,7 +468,8 @@ def build_parser():
     add("--encoder-depth", type=int, help="aligned block (default: the model's)")
     add("--proj-coeff", type=float, default=0.5, help="lambda; 0 is a vanilla SiT")
     add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from this step on")
-    add("--cache-targets", action=argparse.BooleanOptionalAction, help="compute all at first")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--cache-targets", action=yes_or_no, help="compute every target once, before training")
     add("--path-type", default="linear", choices=["linear", "cosine"])
     add("--cfg-prob", type=float, default=0.1, help="share of labels dropped")
     add("--batch-size", type=int, default=256, help="images in a step")
@@ -474,7 +479,7 @@ def build_parser():
     add("--seed", type=int, default=0, help="of weights and batches")
     add("--device", help="cuda, cuda:1, mps, cpu (default: a GPU if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the device's")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    add("--compile", action=yes_or_no, help="default: on CUDA")
     place = parser.add_mutually_exclusive_group()
     folder = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     place.add_argument("--output-dir", default=folder, help="default: a new one in runs/")
@@ -483,9 +488,12 @@ def build_parser():
 
 
 def parse_options(argv):
-    """The options, and the checkpoint of --resume or None. An option is what is typed, else what
-    the checkpoint says, else what --smoke says, else its default. So argv is parsed twice: first
-    to find --smoke and --resume, and then with their values as the defaults."""
+    """The options, and the checkpoint of --resume or None.
+
+    An option is what is typed, else what the checkpoint says, else what --smoke says, else its
+    default. So argv is parsed twice: first to find --smoke and --resume, and then again with what
+    they say as the defaults.
+    """
     parser, checkpoint, defaults = build_parser(), None, {}
     args = parser.parse_args(argv)
     if "" in vars(args).values():  # such as --data "$DATA" if that variable is not set
@@ -494,9 +502,9 @@ def parse_options(argv):
         defaults.update(SMOKE)
     if args.resume is not None:
         checkpoint = load_checkpoint(args.resume)
-        defaults.update(checkpoint["config"])  # all options of the run, also where it was
-        run = Path(args.resume)
-        defaults["output_dir"] = str(run if run.is_dir() else run.parent)  # where it is now
+        defaults.update(checkpoint["config"])  # every option of the run
+        run = Path(args.resume)  # which may have been moved since, so its output_dir is replaced
+        defaults["output_dir"] = str(run if run.is_dir() else run.parent)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if min(args.batch_size, args.max_train_steps, args.eval_every) < 1:
@@ -548,9 +556,9 @@ def update_ema(ema, model, step):
 
 
 def pick_device(name=None, dtype=None):
-    """The device and the dtype for autocast. By default they are a GPU, if there is one, with
-    bfloat16 on CUDA, but float16 on older cards such as a T4; and float32 on all other devices.
-    Float32 means TF32 on cards that have it. Raises UserError."""
+    """The device (default: a GPU if there is one) and the dtype for autocast (default: bfloat16 on
+    CUDA, or float16 if the card is older than Ampere; float32 on other devices). Float32 products
+    use TF32 where the card has it. Raises UserError."""
     if name is None and torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator().type
     with as_user_error(f"device {name} does not work here; try --device cpu"):
@@ -674,8 +682,8 @@ def train(args, checkpoint=None):
         start, rows = checkpoint["step"], checkpoint["rows"]
         restore(checkpoint, parts, args.learning_rate)
     if args.compile or (args.compile is None and device.type == "cuda"):
-        # With this, if a model cannot be compiled, for example because there is no C compiler,
-        # torch prints a warning and runs the model as it is.
+        # suppress_errors: if compiling fails, for example because there is no C compiler, torch
+        # prints a warning and runs the model uncompiled.
         torch._dynamo.config.suppress_errors = True
         model.compile()
         ema.compile()
@@ -711,9 +719,9 @@ def train(args, checkpoint=None):
         # 4. The update of the weights and of their moving average.
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # the scaler does nothing unless dtype is float16
-        if z is None:
-            # From --repa-stop-step on the projector must not move. AdamW skips it if its gradients
-            # are None. Compiled code makes them zeros, with which momentum would still move it.
+        if encoder is not None and z is None:
+            # REPA has stopped, and the projector must not move. AdamW skips it if its gradients are
+            # None, but compiled code makes them 0, and then momentum would still move it.
             model.projectors.zero_grad(set_to_none=True)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -730,7 +738,8 @@ def train(args, checkpoint=None):
         if done % args.eval_every == 0 or done == args.max_train_steps:
             row = {name: torch.stack(values).mean().item() for name, values in history.items()}
             history.clear()
-            with autocast():  # if the loss is not finite, the run ends here, before the save
+            with autocast():
+                # This raises a UserError, before anything is saved, if the loss is not finite.
                 row.update(evaluate(ema, encoder, val_images, val_labels, args.path_type))
             rows.append({"step": done, **row})
             tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
