@@ -113,7 +113,7 @@ def cell(runs, form):
     mean = format(sum(values) / len(values), form)
     if len(values) == 1:
         return f"{mean} (one seed)"
-    return f"{mean} ({min(values):{form}} to {max(values):{form}})"
+    return f"{mean} ({min(values):{form}} to {max(values):{form}}, {len(values)} seeds)"
 
 
 def table():
