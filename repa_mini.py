@@ -96,35 +96,33 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def modulate(x, shift, scale):  # x (N, T, D); shift and scale (N, D), the same for every token
+def modulated_norm(x, shift, scale):  # x (N, T, D); the others (N, D)
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class SiTBlock(nn.Module):
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):  # tokens x (N, T, D), condition c (N, D) -> (N, T, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1[:, None] * self.attn(modulated_norm(x, shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulated_norm(x, shift2, scale2))
 
 
 class FinalLayer(nn.Module):
     def __init__(self, hidden_size, out_features):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):  # tokens x (N, T, D), condition c (N, D) -> (N, T, out_features)
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 def init_linear(module):
@@ -347,7 +345,8 @@ def sample_ode(
     """
     x = noise
     for i in range(num_steps):
-        t, t_next = 1 - i / num_steps, 1 - (i + 1) / num_steps
+        # 1 - i / num_steps would give 0.19999999999999996 for 0.2, an end of the interval perhaps.
+        t, t_next = (num_steps - i) / num_steps, (num_steps - i - 1) / num_steps
         scale = cfg_scale if guidance_low <= t <= guidance_high else 1.0
         v = guided_velocity(model, x, t, y, scale)
         if heun and t_next > 0:  # the last step is Euler's, like in the authors' code
@@ -424,31 +423,23 @@ def load_data(name):
         held_out = "test" if (folder / "test").is_dir() else "val"
         train, test = open_folder(folder / "train"), open_folder(folder / held_out)
     else:  # the folder holds the classes; one of them may be called train, with images in it
-        train = open_folder(folder)
-        test = copy.copy(train)
-        files = train.samples  # pairs of a path and a label, which are all that a dataset reads
-        if len(files) < 50:
-            raise UserError(f"{name} has fewer than 50 images, so that none is held out")
-        train.samples = [file for i, file in enumerate(files) if i % 50 != 49]
-        test.samples = files[49::50]
+        train = test = open_folder(folder)
     if train.classes != test.classes:
         difference = f"{train.classes} in {train.root}, but {test.classes} in {test.root}"
         raise UserError(f"the classes differ: {difference}")
     images, labels = read_all(train)
+    if train is not test:
+        val_images, val_labels = read_all(test)
+    elif len(images) < 50:
+        raise UserError(f"{name} has fewer than 50 images, so that none is held out")
+    else:
+        is_held_out = torch.arange(len(images)) % 50 == 49
+        val_images, val_labels = images[is_held_out], labels[is_held_out]
+        images, labels = images[~is_held_out], labels[~is_held_out]
     for label, class_name in enumerate(train.classes):
         if not (labels == label).any():  # perhaps because its only image is held out
             raise UserError(f"class {class_name} of {name} has no training image")
-    return images, labels, *read_all(test), train.classes
-
-
-def prepare_data(name, device):
-    """`load_data` for training, on the device: with the mirror images of the training images, and
-    with at most 1,000 of the held-out images."""
-    images, labels, val_images, val_labels, classes = load_data(name)
-    images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-    every = math.ceil(len(val_images) / 1000)
-    tensors = images, labels, val_images[::every], val_labels[::every]
-    return *[tensor.to(device) for tensor in tensors], classes
+    return images, labels, val_images, val_labels, train.classes
 
 
 # ---- 6. Options
@@ -583,8 +574,11 @@ def compute_targets(encoder, images):
 
 @torch.no_grad()
 def evaluate(model, encoder, images, labels, path_type):
-    """The held-out velocity loss and, with an encoder, the mean cosine of the patches, as a dict.
-    Noise and times are always the same. Raises UserError if the loss is not finite."""
+    """The held-out velocity loss and, with an encoder, the mean cosine of the patches, on at most
+    1,000 of the images. Noise and times are always the same. Raises UserError if the loss is not
+    finite."""
+    every = math.ceil(len(images) / 1000)
+    images, labels = images[::every], labels[::every]
     g = torch.Generator().manual_seed(seed_for("evaluation"))
     noise = torch.randn(images.shape, generator=g).to(images.device)
     t = torch.rand(len(images), generator=g).to(images.device)
@@ -641,29 +635,31 @@ def load_checkpoint(path):
 
 
 def restore(checkpoint, parts, learning_rate):
-    """Load the states of the parts, {"model": model, "ema": ...}. The learning rate is that of the
-    option, even if the checkpoint has another. Raises UserError."""
+    """Load the states of the parts, {"model": model, "ema": ...}; returns the step and the rows of
+    metrics.csv. The learning rate is the option's, not the checkpoint's. Raises UserError."""
     advice = "it was made with another --model, --data, --encoder or --proj-coeff"
     with as_user_error(f"the model does not fit the checkpoint; perhaps {advice}"):
         for name, part in parts.items():
             if checkpoint[name]:  # the scaler has a state only in float16
                 part.load_state_dict(checkpoint[name])
     parts["optimizer"].param_groups[0]["lr"] = learning_rate
+    return checkpoint["step"], checkpoint["rows"]
 
 
 def train(args, checkpoint=None):
     """Train as the options say, from the checkpoint on if there is one. Leaves checkpoint.pt,
     metrics.csv and samples_*.png in the folder args.output_dir."""
     device, dtype = pick_device(args.device, args.dtype)
-    is_mixed = dtype != torch.float32
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=is_mixed)
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     # The encoder, which fails early if it does not fit, and the images.
     encoder = None
     if args.proj_coeff > 0:
         grid_size = 32 // SIT_MODELS[args.model]["patch_size"]
         encoder = TargetEncoder(args.encoder, grid_size, args.encoder_weights).to(device)
-    images, labels, val_images, val_labels, classes = prepare_data(args.data, device)
+    *tensors, classes = load_data(args.data)
+    images, labels, val_images, val_labels = [tensor.to(device) for tensor in tensors]
+    images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)  # mirror images
 
     # The model, its moving average (EMA) and the optimizer: new ones, or the checkpoint's.
     z_dim = 0 if encoder is None else encoder.embed_dim
@@ -679,8 +675,7 @@ def train(args, checkpoint=None):
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     start, rows = 0, []
     if checkpoint is not None:
-        start, rows = checkpoint["step"], checkpoint["rows"]
-        restore(checkpoint, parts, args.learning_rate)
+        start, rows = restore(checkpoint, parts, args.learning_rate)
     if args.compile or (args.compile is None and device.type == "cuda"):
         # suppress_errors: if compiling fails, for example because there is no C compiler, torch
         # prints a warning and runs the model uncompiled.
@@ -702,12 +697,12 @@ def train(args, checkpoint=None):
 
         with autocast():
             # 2. The targets: what the encoder says about the clean images.
-            if encoder is None or step >= args.repa_stop_step:
-                z = None
-            elif cached_targets is not None:
-                z = cached_targets[index]
-            else:
-                z = encoder(x)
+            z = None
+            if encoder is not None and step < args.repa_stop_step:
+                if cached_targets is not None:
+                    z = cached_targets[index]
+                else:
+                    z = encoder(x)
 
             # 3. The loss: L = L_velocity + lambda L_REPA.
             l_velocity, l_repa = training_losses(model, x, noise, t, y, z, args.path_type)

@@ -114,7 +114,7 @@ def show_trajectory(args, run):
     A strip shows eight moments. An animation, if the output is a .gif, shows all of them."""
     y = torch.tensor(args.classes, device=run.device)
     x, pairs = starting_noise(args.seed, range(len(y))).to(run.device), []
-    times = [1 - i / args.num_steps for i in range(args.num_steps + 1)]
+    times = [i / args.num_steps for i in range(args.num_steps, -1, -1)]
     for t, t_next in zip(times, times[1:]):
         scale = args.cfg_scale if args.guidance_low <= t <= args.guidance_high else 1.0
         v = repa_mini.guided_velocity(run.model, x, t, y, scale)

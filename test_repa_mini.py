@@ -301,6 +301,14 @@ def test_samples_are_the_authors(name, monkeypatch):
     assert close(x.flatten()[:3], expected, 1e-6)
 
 
+def test_guidance_includes_the_ends_of_its_interval():
+    noise, y = wave((1, 1, 2, 2), 0.8), torch.tensor([2])
+    plain = sample_ode(Field(), noise, y, 50)
+    for end in (0.2, 0.3, 0.6, 0.7, 0.9):  # a step starts at each of them
+        options = dict(cfg_scale=3.0, guidance_low=end, guidance_high=end)
+        assert not torch.equal(sample_ode(Field(), noise, y, 50, **options), plain), end
+
+
 # ---- 5. Data
 def test_built_in_shapes_have_their_hue_and_outline_and_never_repeat():
     images, labels = repa_mini.draw_shapes(200, seed=0)

@@ -21,8 +21,9 @@ import repa_mini
 def main():
     args, _ = repa_mini.parse_options(None)
     encoder = repa_mini.TargetEncoder(args.encoder, 8, args.encoder_weights)
-    images, _, val_images, _, _ = repa_mini.prepare_data(args.data, torch.device("cpu"))
-    chosen = torch.linspace(0, len(images) // 2 - 1, 2000).long()  # without mirror images
+    images, _, val_images, _, _ = repa_mini.load_data(args.data)
+    val_images = val_images[:: -(-len(val_images) // 1000)]  # those that `evaluate` takes
+    chosen = torch.linspace(0, len(images) - 1, 2000).long()
     tokens = repa_mini.compute_targets(encoder, images[chosen]).float()
     constant = F.normalize(tokens, dim=-1).mean(0)
     targets = repa_mini.compute_targets(encoder, val_images).float()
