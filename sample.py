@@ -323,7 +323,7 @@ def build_parser():
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="folder of a run, or a checkpoint")
     add("--output", type=Path, help="default: a new file beside the checkpoint")
-    add("--device", help="default: a GPU if there is one")
+    add("--device", default=repa_mini.DEFAULT_DEVICE, help="cuda, cuda:1, mps, cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.set_defaults(view="samples")
     views = parser.add_mutually_exclusive_group()
@@ -416,11 +416,13 @@ def main(argv=None):
     """Run the command line. A mistake of the user's ends the program with one sentence."""
     try:
         args, checkpoint = parse_options(argv)
-        device, dtype = repa_mini.pick_device(args.device, args.dtype)
+        with repa_mini.as_user_error(f"device {args.device} does not work here"):
+            device = torch.ones(1, device=args.device).device
         with repa_mini.as_user_error(f"the model in {args.ckpt} does not fit repa_mini.py"):
             model = repa_mini.SiT(**checkpoint["sit"])
             model.load_state_dict(checkpoint["ema"])
         model = model.to(device).eval().requires_grad_(False)
+        dtype = getattr(torch, args.dtype)
         run = SimpleNamespace(model=model, device=device, config=checkpoint["config"])
         run.path_type = run.config["path_type"]
         show, _, _ = VIEWS[args.view]

@@ -319,11 +319,11 @@ def test_built_in_shapes_have_their_hue_and_outline_and_never_repeat():
     hue = torch.atan2((green - blue) * math.sqrt(3) / 2, red - (green + blue) / 2)
     assert ((hue / math.tau * 10 - labels + 5) % 10 - 5).abs().max() < 0.2
     masks = images.amax(1).int() - images.amin(1).int() > 60  # coloured, not grey
-    sides = []  # width of the lowest row by height, which tells the classes apart
+    sides = []  # width of the lowest row by height, which falls with the number of corners
     for widths in masks.sum(2):
         widths = widths[widths > 0]
         sides.append(widths[-2] / len(widths))
-    expected = [1.08, 0.16, 0.99, 0.19, 0.71, 0.29, 0.69, 0.30, 0.58, 0.37]
+    expected = [1.08, 1.01, 0.71, 0.67, 0.59, 0.58, 0.55, 0.53, 0.52, 0.54]
     assert close(torch.stack(sides).view(20, 10).mean(0), expected, 0.06)
 
 
@@ -366,46 +366,40 @@ def check_split(data, images, labels, held_out, classes="abcdefghij"):
     assert data[4] == list(classes)
 
 
-def test_every_50th_image_is_held_out_or_those_in_test_or_val(tmp_path, capsys):
+def test_the_images_in_test_or_val_are_held_out(tmp_path, capsys):
     images, labels = repa_mini.draw_shapes(100, seed=0)
     labels, order = labels.sort(stable=True)  # as they lie on the disk
-    images, number = images[order], torch.arange(100)
+    images, is_odd = images[order], torch.arange(100) % 2 == 1
     for name in ("test", "val"):
         folder = tmp_path / name
         write_images(folder / "train", images[::2], labels[::2])
         write_images(folder / name, images[1::2], labels[1::2])
-        check_split(repa_mini.load_data(str(folder)), images, labels, number % 2 == 1)
-    assert "skipped" not in capsys.readouterr().out
-    classes = ["cat", "dog", *"efghijk", "train"]  # which is a class here
-    folder = tmp_path / "plain"
-    write_images(folder, images, labels, classes)
-    (folder / "dog" / "more").mkdir()
-    (folder / "dog" / "more" / "notes.txt").write_text("no image")
-    check_split(repa_mini.load_data(str(folder)), images, labels, number % 50 == 49, classes)
-    assert "plain: 1 file" in capsys.readouterr().out
+        check_split(repa_mini.load_data(str(folder)), images, labels, is_odd)
+    assert "files" not in capsys.readouterr().out
+    (folder / "train" / "a" / "more").mkdir()
+    (folder / "train" / "a" / "more" / "notes.txt").write_text("no image")
+    check_split(repa_mini.load_data(str(folder)), images, labels, is_odd)
+    assert f"{folder / 'train'}: 1 of 51 files are skipped" in capsys.readouterr().out
 
 
 def test_a_data_folder_without_what_it_needs_is_refused(tmp_path):
-    folder, images = tmp_path / "data", repa_mini.draw_shapes(50, seed=0)[0]
+    folder, images = tmp_path / "data", repa_mini.draw_shapes(3, seed=0)[0]
 
     def is_told(word):
         return word in call(repa_mini.main, f"{COMMON} --data {folder}").mistake
 
     folder.mkdir()
-    assert is_told(str(folder))  # it is empty
-    write_images(folder, images[:49], [0] * 49)
-    assert is_told("fewer than 50 images")  # none is held out
-    write_images(folder, images[49:], [1])  # the 50th image is the only one of class b
-    assert is_told("class b of")
-    broken = folder / "a" / "005.png"
-    broken.write_bytes(broken.read_bytes()[:200])
-    assert is_told(str(broken))
-    write_images(folder / "train", images[:3], [0, 1, 2])
+    assert is_told(str(folder / "train"))
+    write_images(folder / "train", images, [0, 1, 2])
     assert is_told(str(folder / "val"))  # there is neither this nor test/
     write_images(folder / "test", images[:2], [0, 1])
-    assert is_told(f"['a', 'b', 'c'] in {folder}")
+    assert is_told(f"{folder} has classes ['a', 'b', 'c'] to train on, but holds ['a', 'b'] out")
+    write_images(folder / "test", images, [0, 1, 2])
+    broken = folder / "test" / "c" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert is_told(str(broken))
     (folder / "train" / "nobody").mkdir()
-    assert is_told("nobody")
+    assert is_told("nobody")  # a class without an image
 
 
 def test_cifar10_is_downloaded_or_missed_in_a_sentence(tmp_path, monkeypatch):
@@ -567,7 +561,6 @@ def test_a_run_is_what_the_equations_say_after_every_step(train, monkeypatch, op
             repa_loss = -F.cosine_similarity(z, z_tilde, dim=2).mean()
             expected["repa_loss"] = repa_loss.item()
             loss = loss + args.proj_coeff * repa_loss
-        expected["loss"] = loss.item()
         optimizer.zero_grad()
         loss.backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -650,7 +643,7 @@ def table_of(path):
 def test_rows_are_means_since_the_last_row_and_grids_show_samples_of_the_ema(train, finished):
     run = train("--max-train-steps 3 --eval-every 2")
     first, second, third = finished.rows[:3]  # the same steps, one by one
-    for name in ("loss", "velocity_loss", "repa_loss", "grad_norm"):
+    for name in ("velocity_loss", "repa_loss", "grad_norm"):
         assert run.rows[0][name] == pytest.approx((first[name] + second[name]) / 2, rel=1e-6)
     assert run.rows[0]["val_velocity_loss"] == second["val_velocity_loss"]
     assert run.rows[1:] == [third] and table_of(run.folder / "metrics.csv") == run.rows
@@ -687,34 +680,21 @@ def test_under_fp16_a_step_that_overflows_is_skipped(train, monkeypatch):
     assert all(row["grad_norm"] < 10 for row in run.rows[1:])  # unscaled
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "no such backend"])
-def test_a_compiled_run_is_the_uncompiled_one_even_if_it_fails(train, monkeypatch, backend):
+def test_a_compiled_run_is_the_uncompiled_one(train, monkeypatch):
     """aot_eager splits forward and backward as on CUDA, but needs no compiler."""
     graphs = []
 
     def compile_graph(graph, inputs):
         graphs.append(graph)
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     compiled = functools.partialmethod(nn.Module.compile, backend=compile_graph)
     monkeypatch.setattr(SiT, "compile", compiled)
-    plain = train("--max-train-steps 2 --repa-stop-step 1").state["model"]
+    plain = train("--max-train-steps 2").state["model"]
     assert not graphs
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(suppress_errors=False):
-        state = train("--max-train-steps 2 --repa-stop-step 1 --compile").state["model"]
+    state = train("--max-train-steps 2 --compile").state["model"]
     assert graphs and list(state) == list(plain)
     assert all(close(state[name], plain[name]) for name in plain)
-
-
-def test_the_default_dtype_is_what_the_device_does_best(monkeypatch):
-    assert repa_mini.pick_device("cpu") == (torch.device("cpu"), torch.float32)
-    zeros = torch.zeros(1)
-    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: zeros)  # as if CUDA were here
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert repa_mini.pick_device("cuda")[1] == dtype
-        assert repa_mini.pick_device("cuda", "float32")[1] == torch.float32
 
 
 # ---- 9. Stopped, killed, resumed
@@ -769,7 +749,7 @@ def test_on_a_full_disk_a_run_goes_on_but_its_last_save_has_to_work(train, name)
         path.unlink(missing_ok=True)
         path.symlink_to("/dev/full")
     run = train("--max-train-steps 3", folder)
-    assert run.out.count("cannot save") == 1  # after step 2
+    assert run.out.count("cannot save") == 2  # after steps 2 and 3
     assert "No space left" in run.mistake or "cannot write" in run.mistake
     for path in paths:
         path.unlink(missing_ok=True)
@@ -785,7 +765,7 @@ def test_an_option_is_typed_else_the_checkpoints_else_smokes_else_the_papers(fin
     args, smoke = parsed(""), parsed("--smoke --learning-rate 5e-2")
     assert (args.data, args.model, args.path_type) == ("cifar10", "SiT-S/2", "linear")
     assert (args.encoder, args.encoder_weights) == (DINOV2, "download")
-    assert (args.encoder_depth, args.proj_coeff, args.cfg_prob) == (None, 0.5, 0.1)
+    assert (args.encoder_depth, args.proj_coeff, args.cfg_prob) == (4, 0.5, 0.1)
     assert (args.batch_size, args.learning_rate) == (256, 1e-4)
     assert (args.max_train_steps, args.eval_every) == (100_000, 1000)
     assert (smoke.learning_rate, smoke.max_train_steps) == (5e-2, 200)
@@ -814,7 +794,10 @@ def test_what_is_typed_on_resume_takes_effect(train, monkeypatch, tmp_path):
 def test_numbers_that_are_not_finite_are_not_saved_and_the_advice_helps(train):
     folder = train("--max-train-steps 2").folder
     run = train("--max-train-steps 6 --learning-rate 1e30 --eval-every 4", folder)
-    assert "the loss is not finite" in run.mistake and "smaller --learning-rate" in run.mistake
+    assert (
+        "the held-out loss is not finite" in run.mistake
+        and "smaller --learning-rate" in run.mistake
+    )
     assert "--resume" in run.mistake and run.state["step"] == 2
     run = train("--max-train-steps 6 --learning-rate 1e-4", folder)
     assert run.code == 0 and [row["step"] for row in run.rows] == [1, 2, 3, 4, 5, 6]
@@ -851,14 +834,14 @@ def test_a_file_of_another_kind_is_refused_and_not_executed(finished, monkeypatc
 @pytest.mark.parametrize("options", ["--model SiT-S/8", "--proj-coeff 0", "--data shapes"])
 def test_a_checkpoint_of_another_model_is_refused(train, finished, options):
     run = train(f"{options} --max-train-steps 5", finished.folder)
-    assert "does not fit the checkpoint" in run.mistake and run.state["step"] == 4
+    assert "does not fit --model" in run.mistake and run.state["step"] == 4
 
 
 # ---- 11. Mistakes on the command line, and what is printed
 MISTAKES = {  # and what the sentence says
     "--model SiT-M/2": "invalid choice: 'SiT-M/2'",
-    "--encoder-depth 4": "there is no block 4",
-    "--encoder-depth 0": "there is no block 0",
+    "--encoder-depth 4": "the blocks 1 to 3",
+    "--encoder-depth 0": "the blocks 1 to 3",
     "--encoder-weights nowhere.pth": "nowhere.pth",
     "--data nowhere": "nowhere",
     "--device cuda:99": "device cuda:99 does not work here; try --device cpu",
