@@ -57,7 +57,8 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def as_user_error(sentence):
-    """In this context, whatever a library raises becomes a UserError of one sentence."""
+    """Inside this context every exception becomes a UserError of one sentence. It stands around
+    calls of libraries, which raise many kinds."""
     try:
         yield
     except Exception as error:
@@ -85,8 +86,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):  # (N,) -> (N, D)
-        # As in DiT, where t goes up to 1000. SiT keeps these frequencies for its t up to 1, so that
-        # most of the angles are small.
+        # DiT has these frequencies for t up to 1000. SiT keeps them for t up to 1, and so do we,
+        # although most of the angles are then small.
         frequencies = 10000 ** (-torch.arange(128, device=t.device) / 128)
         angles = t[:, None] * frequencies  # (N, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -141,7 +142,7 @@ class SiT(nn.Module):
     """SiT with REPA's projector: x (N, C, H, W), t (N,), y (N,) -> velocity in the shape of x, and
     z_tilde (N, T, z_dim), which is None if z_dim is 0. The projector sees the output of block
     number `encoder_depth`, counted from 1 (Section 3.3). This is the authors' name, and means SiT's
-    own blocks, not those of the target encoder. The label `num_classes` is the null label."""
+    own blocks, not those of the target encoder. y = num_classes is the null label."""
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class SiT(nn.Module):
         self.apply(init_linear)
         # The patch embedding is drawn as a linear layer from C * p * p pixels to D numbers.
         weight = self.x_embedder.proj.weight  # (D, C, p, p)
-        nn.init.xavier_uniform_(weight.flatten(1))  # a view of the same numbers
+        nn.init.xavier_uniform_(weight.flatten(1))  # a view, so that weight itself is changed
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]:
@@ -211,9 +212,8 @@ class SiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c)), z_tilde
 
 
-# S to XL are SiT's sizes. Ti is ours, and has a smaller projector, too. encoder_depth is what the
-# REPA authors chose for B, L and XL. For S it is that of B, which is as deep, and for Ti a third of
-# the depth, as for B and L.
+# S to XL are the sizes of SiT, and Ti is ours. The REPA authors chose the encoder_depth of B, L and
+# XL. For S and Ti we take a third of the depth. Only Ti has a smaller projector.
 SIT_SIZES = {
     "Ti": dict(hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=512),
     "S": dict(hidden_size=384, depth=12, num_heads=6, encoder_depth=4),
@@ -233,58 +233,54 @@ DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 
 class TargetEncoder(nn.Module):
     """A frozen timm encoder: images (N, 3, H, W) in [-1, 1] -> z (N, grid_size**2, embed_dim).
-    z are the patch tokens after the last block and the final norm of a ViT, or the feature map of a
-    CNN at stride 16. `weights` is "download", "random", or a .safetensors or .pth file. Raises
-    UserError for an encoder that cannot be built or does not give one token for each patch."""
+    z are the patch tokens of a ViT, after its final norm, or the feature map of a CNN at stride 16.
+    `weights` is "download", "random", or a .safetensors or .pth file. Raises UserError for an
+    encoder that cannot be built or does not give one token for each patch."""
 
     def __init__(self, name=DINOV2, grid_size=16, weights="download"):
         super().__init__()
         advice = "try another --encoder, or a file for --encoder-weights"
         refusal = f"encoder {name} with weights {weights} does not work; {advice}"
-        # The seed makes random weights the same in every run. fork_rng keeps it from changing the
-        # random numbers of the caller.
-        with as_user_error(refusal), torch.random.fork_rng(devices=[]):
+        with as_user_error(refusal):
+            # Random weights are the same in every run. (train seeds again before it builds SiT.)
             torch.manual_seed(0)
             self.model = timm.create_model(name, pretrained=(weights == "download"))
             if weights not in ("download", "random"):
                 state = timm.models.load_state_dict(weights)  # reads the file
-                state.pop("mask_token", None)  # in DINOv2's own files, for its training only
+                state.pop(
+                    "mask_token", None
+                )  # DINOv2's authors save it, but timm has no use for it
                 self.model.load_state_dict(state)
-            # timm lists the layers of a model in feature_info, and forward_intermediates numbers
-            # them in this order: the blocks of a ViT, or the stages of a CNN. "reduction" is the
-            # stride of a layer, the number of pixels from one token to the next.
-            strides = [layer["reduction"] for layer in self.model.feature_info]
-        for key in ("mean", "std"):  # of the pixels that the encoder was trained on
-            value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
-        # The blocks of a ViT all have the same stride, 14 in DINOv2. The strides of a CNN's stages
-        # grow, and we take the stage with 16, which is the stride of many ViTs.
-        has_one_stride = strides[0] == strides[-1]
-        if not has_one_stride and 16 not in strides:
-            raise UserError(f"encoder {name} has no layer of stride 16")
-        self.layer = len(strides) - 1 if has_one_stride else strides.index(16)
-        # Images are resized, so that the encoder has as many tokens as SiT.
-        side = grid_size * strides[self.layer]  # 16 * 14 = 224 for DINOv2
-        self.size = (side, side)
-        self.eval().requires_grad_(False)
-        with as_user_error(refusal):
-            if has_one_stride:
-                self.model.set_input_size(self.size)  # resamples its position embeddings
-            z = self(torch.zeros(1, 3, side, side))  # a trial run, to see the shape
+            # The pixels that the encoder was trained on were normalised with these numbers.
+            for key in ("mean", "std"):
+                value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)
+                self.register_buffer(key, value, persistent=False)
+            # Images are resized, so that the encoder has as many tokens as SiT: with patches of 14
+            # pixels, as in DINOv2, to 16 * 14 = 224. For a CNN it is the map at stride 16 that
+            # counts. The ViTs of timm are the models that have num_prefix_tokens.
+            self.grid_size, stride = grid_size, 16
+            self.is_vit = hasattr(self.model, "num_prefix_tokens")
+            if self.is_vit:
+                stride = self.model.patch_embed.patch_size[0]
+            self.size = (grid_size * stride, grid_size * stride)
+            if self.is_vit:
+                self.model.set_input_size(self.size)  # resamples the position embeddings
+            self.eval().requires_grad_(False)
+            z = self(torch.zeros(1, 3, 32, 32))  # a trial run, to see the shape
         if z.shape[1] != grid_size**2:
             raise UserError(f"encoder {name} gives {z.shape[1]} tokens, not {grid_size**2}")
-        self.grid_size, self.embed_dim = grid_size, z.shape[2]
+        self.embed_dim = z.shape[2]
 
     @torch.no_grad()
     def forward(self, images):
         x = ((images + 1) / 2 - self.mean) / self.std
         x = F.interpolate(x, self.size, mode="bicubic")  # after normalising, like the authors
-        # This gives a list with the output of one layer, as maps (N, embed_dim, g, g). For a ViT
-        # these are the patch tokens alone, after the final norm. A CNN has no norm to apply here.
-        maps = self.model.forward_intermediates(
-            x, indices=[self.layer], norm=True, intermediates_only=True
-        )
-        return maps[0].flatten(2).transpose(1, 2)
+        if self.is_vit:
+            tokens = self.model.forward_features(x)  # after the final norm
+            return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
+        maps = self.model.forward_intermediates(x, intermediates_only=True)  # of all stages
+        fitting = [m for m in maps if m.shape[-1] == self.grid_size]  # (N, embed_dim, g, g)
+        return fitting[-1].flatten(2).transpose(1, 2)
 
 
 # ---- 3. Losses
@@ -342,7 +338,8 @@ def sample_ode(
         t, t_next = k / num_steps, (k - 1) / num_steps
         scale = cfg_scale if guidance_low <= t <= guidance_high else 1.0
         v = guided_velocity(model, x, t, y, scale)
-        if heun and t_next > 0:  # the last step is Euler's, like in the authors' code
+        # The last step is Euler's, as in the authors' code and in EDM, whose ODE divides by t.
+        if heun and t_next > 0:
             v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, scale)
             v = (v + v_next) / 2
         x = x + (t_next - t) * v
@@ -405,9 +402,8 @@ def load_data(name):
             if skipped > 0:
                 print(f"{dataset.root}: {skipped} of {len(files)} files are skipped")
     if train.classes != test.classes:
-        raise UserError(
-            f"{name} has classes {train.classes} to train on, but holds {test.classes} out"
-        )
+        both = f"{train.classes} to train on, but {test.classes} held out"
+        raise UserError(f"the classes in {name} differ: {both}")
     data = []
     for dataset in (train, test):
         # Pairs of an image, a uint8 tensor in both kinds of dataset, and its label.
@@ -432,7 +428,7 @@ def load_checkpoint(path):
     if path.is_dir():
         path = path / "checkpoint.pt"
     # What train saves: states, rows of metrics.csv, options, arguments of SiT, names of classes.
-    keys = ["model", "ema", "optimizer", "scaler", "step", "rows", "config", "sit", "classes"]
+    keys = "model ema optimizer scaler step rows config sit classes".split()
     with as_user_error(f"cannot load {path} as a checkpoint of this version of repa_mini.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         return {key: checkpoint[key] for key in keys}  # a missing key is an error, too
@@ -449,7 +445,7 @@ def build_parser():
     add("--encoder-depth", type=int, help="block of SiT to align (default: the model's)")
     add("--proj-coeff", type=float, default=0.5, help="lambda; 0 is a vanilla SiT")
     add("--repa-stop-step", type=int, default=10**9, help="no REPA loss from then on")
-    yes_or_no = argparse.BooleanOptionalAction  # --x, or --no-x if a resumed run has --x
+    yes_or_no = argparse.BooleanOptionalAction  # gives --compile and --no-compile
     add("--cache-targets", action=yes_or_no, help="compute all targets in advance")
     add("--path-type", default="linear", choices=["linear", "cosine"])
     add("--cfg-prob", type=float, default=0.1, help="share of labels dropped")
@@ -470,24 +466,27 @@ def build_parser():
 
 def parse_options(argv):
     """The options, and the checkpoint of --resume or None. An option is what is typed, else what
-    the checkpoint says, else what --smoke says, else its default. So argv is parsed twice: first to
-    find --smoke and --resume, and then again with what they say as the defaults."""
+    the checkpoint says, else what --smoke says, else its default."""
     parser, checkpoint = build_parser(), None
+    # 1. Find --smoke and --resume.
     args = parser.parse_args(argv)
     if "" in vars(args).values():  # such as --data "$DATA" if that variable is not set
         parser.error("an option is empty")
+    # 2. Collect their values. A checkpoint has a value for every option.
     defaults = {}
     if args.smoke:
         defaults.update(SMOKE)
     if args.resume is not None:
         checkpoint = load_checkpoint(args.resume)
-        defaults.update(checkpoint["config"])  # all options that the run had
+        defaults.update(checkpoint["config"])
         folder = Path(args.resume)
         if folder.is_file():
             folder = folder.parent
         defaults["output_dir"] = str(folder)  # the run may have been moved
+    # 3. Parse again: what is typed replaces these values.
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    # 4. Check them.
     size = SIT_MODELS[args.model]
     if args.encoder_depth is None:
         args.encoder_depth = size["encoder_depth"]
@@ -509,8 +508,8 @@ def parse_options(argv):
 
 # ---- 7. Training
 def seed_for(*use):
-    """A seed for a use such as ("batch", seed, step). Different uses get unrelated seeds. Python's
-    Random makes the same number of a text in every process; hash() does not."""
+    """A seed for a use such as ("batch", seed, step). Different uses get unrelated seeds. Random
+    accepts a text as its seed, and gives the same number for it in every process."""
     return random.Random(repr(use)).getrandbits(63)
 
 
@@ -533,9 +532,8 @@ def draw_batch(images, labels, null_label, step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay * ema + (1 - decay) * model. The decay rises to the paper's 0.9999, which it
-    reaches at step 90,000. With 0.9999 from the start, 82% of the initial weights would be left
-    after 2,000 steps."""
+    """ema <- decay * ema + (1 - decay) * model. The paper's decay is 0.9999. Ours starts at 0.1 and
+    rises to 0.9999 in 90,000 steps, so that a short run does not average over its first weights."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, 1 - decay)
@@ -555,8 +553,8 @@ def compute_targets(encoder, images):
 @torch.no_grad()
 def evaluate(model, encoder, images, labels, path_type):
     """The velocity loss and, with an encoder, the mean cosine of the patches, on at most 1,000 of
-    the images, always with the same noise and times. (After --repa-stop-step the cosine is measured
-    with a projector that is not trained any more.)"""
+    the images, always with the same noise and times. train calls this with the moving average, and
+    with the encoder also after --repa-stop-step, to see what is left of the alignment."""
     every = math.ceil(len(images) / 1000)
     images, labels = images[::every], labels[::every]
     g = torch.Generator().manual_seed(seed_for("evaluation"))  # on the CPU: equal for all devices
@@ -630,7 +628,6 @@ def train(args, checkpoint=None):
     torch.manual_seed(seed_for("weights", args.seed))
     model = SiT(**sit).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # fused: a single kernel on a GPU, which also in float16 does not make the CPU wait
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start, rows = 0, []
@@ -644,7 +641,7 @@ def train(args, checkpoint=None):
             scaler.load_state_dict(checkpoint["scaler"])
         optimizer.param_groups[0]["lr"] = args.learning_rate  # the option replaces the loaded one
     if args.compile:
-        model.compile()  # in place, so that the weights keep their names; not ema
+        model.compile()  # in place, so that the weights keep their names
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{args.model} on {device}, {len(images)} images with mirror images, in {folder}")
@@ -670,9 +667,11 @@ def train(args, checkpoint=None):
 
         # 4. The update of the weights and of their moving average.
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # the scaler does nothing unless dtype is float16
+        # In float16 the scaler multiplies the loss, so that small gradients do not become 0, and
+        # skips a step if gradients overflow. With another dtype it does nothing of its own.
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # like the authors
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # inf in a skipped step
         scaler.step(optimizer)
         scaler.update()
         update_ema(ema, model, step)
@@ -687,8 +686,7 @@ def train(args, checkpoint=None):
             history.clear()
             with torch.autocast(device.type, dtype, enabled=is_mixed):
                 row.update(evaluate(ema, encoder, val_images, val_labels, args.path_type))
-            # A weight that is not finite makes this loss not finite. Then the run ends before it
-            # replaces the last checkpoint.
+            # This is checked before the save, so that the last checkpoint stays usable.
             if not math.isfinite(row["val_velocity_loss"]):
                 advice = "--resume the run, or start again, with a smaller --learning-rate"
                 raise UserError(f"the held-out loss is not finite; {advice}")
@@ -698,8 +696,8 @@ def train(args, checkpoint=None):
             state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             # sample.py also needs the arguments of SiT and the names of the classes.
             state.update(step=done, rows=rows, config=vars(args), sit=sit, classes=classes)
-            # If this fails (on a full disk, for example) the run goes on, since the next save may
-            # work. Only the last save has to work.
+            # If saving or drawing fails, for example on a full disk, the next evaluation tries it
+            # again. Only a failure after the last evaluation ends the run.
             try:
                 save(folder, state)
                 draw_grid(ema, folder / f"samples_{done:07d}.png")

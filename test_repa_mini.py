@@ -172,8 +172,8 @@ def test_velocities_losses_gradients_and_an_optimizer_step_are_the_authors():
 
 # ---- 2. Targets
 FIT = "test_vit3 vit_small_patch14_reg4_dinov2 vit_base_patch16_siglip_224 test_resnet test_nfnet "
-FIT += "eva02_tiny_patch14_224 convnext_atto mobilenetv3_small_050 test_mambaout"
-UNFIT = "nonsense levit_128 vit_tiny_patch16_224.x inception_v3 sam2_hiera_tiny"
+FIT += "eva02_tiny_patch14_224 convnext_atto mobilenetv3_small_050 test_mambaout sam2_hiera_tiny"
+UNFIT = "nonsense levit_128 vit_tiny_patch16_224.x inception_v3 swin_tiny_patch4_window7_224"
 
 
 def test_dinov2_tokens_are_the_dinov2_authors_and_frozen():
@@ -393,7 +393,7 @@ def test_a_data_folder_without_what_it_needs_is_refused(tmp_path):
     write_images(folder / "train", images, [0, 1, 2])
     assert is_told(str(folder / "val"))  # there is neither this nor test/
     write_images(folder / "test", images[:2], [0, 1])
-    assert is_told(f"{folder} has classes ['a', 'b', 'c'] to train on, but holds ['a', 'b'] out")
+    assert is_told(f"{folder} differ: ['a', 'b', 'c'] to train on, but ['a', 'b'] held out")
     write_images(folder / "test", images, [0, 1, 2])
     broken = folder / "test" / "c" / "002.png"
     broken.write_bytes(broken.read_bytes()[:200])

@@ -105,26 +105,26 @@ def draw():
     figure.savefig("assets/results.png", dpi=90)
 
 
-def cell(runs, form):
-    """Mean and range over the runs at their last step, or a dash."""
+def cell(runs, form, seeds):
+    """Mean and range over the runs at their last step; how many they are, if not all seeds."""
     values = [points[max(points)] for points in runs.values()]
     if not values:
         return "not measured"
+    few = "" if len(values) == seeds else f"; seeds: {len(values)}"
     mean = format(sum(values) / len(values), form)
-    if len(values) == 1:
-        return f"{mean} (one seed)"
-    return f"{mean} ({min(values):{form}} to {max(values):{form}}, {len(values)} seeds)"
+    return f"{mean} ({min(values):{form}} to {max(values):{form}}{few})"
 
 
 def table():
     print("| runs | seeds | velocity loss | alignment | labels | rotations | Lite2 | class seen |")
     print("| --- " * 8 + "|")
     for arm, (label, _) in ARMS.items():
-        cells = [label, str(len(runs_of(arm)))]
-        cells.append(cell(curves(arm, "val_velocity_loss"), ".4f"))
-        cells.append(cell(curves(arm, "val_alignment"), ".3f"))
+        seeds = len(runs_of(arm))
+        cells = [label, str(seeds)]
+        cells.append(cell(curves(arm, "val_velocity_loss"), ".4f", seeds))
+        cells.append(cell(curves(arm, "val_alignment"), ".3f", seeds))
         for column, form in dict(labels=".2f", rotations=".2f", kin=".0f", accuracy=".1%").items():
-            cells.append(cell(judged(arm, column), form))
+            cells.append(cell(judged(arm, column), form, seeds))
         print(f"| {' | '.join(cells)} |")
     for row in read(FOLDER / "distances.csv"):
         if row["run"] == "floor":
