@@ -57,8 +57,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def as_user_error(sentence):
-    """Inside this context every exception becomes a UserError of one sentence. It stands around
-    calls of libraries, which raise many kinds."""
+    """Any exception inside this context becomes a UserError of one sentence."""
     try:
         yield
     except Exception as error:
@@ -86,8 +85,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):  # (N,) -> (N, D)
-        # DiT has these frequencies for t up to 1000. SiT keeps them for t up to 1, and so do we,
-        # although most of the angles are then small.
+        # DiT has these frequencies for t up to 1000. SiT keeps them, but does not multiply its t,
+        # which goes up to 1, by 1000. So most of the angles are small.
         frequencies = 10000 ** (-torch.arange(128, device=t.device) / 128)
         angles = t[:, None] * frequencies  # (N, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -141,8 +140,8 @@ def init_linear(module):
 class SiT(nn.Module):
     """SiT with REPA's projector: x (N, C, H, W), t (N,), y (N,) -> velocity in the shape of x, and
     z_tilde (N, T, z_dim), which is None if z_dim is 0. The projector sees the output of block
-    number `encoder_depth`, counted from 1 (Section 3.3). This is the authors' name, and means SiT's
-    own blocks, not those of the target encoder. y = num_classes is the null label."""
+    number `encoder_depth` (Section 3.3). This counts SiT's own blocks, from 1 on, not those of the
+    target encoder; the name is the authors'. y = num_classes is the null label."""
 
     def __init__(
         self,
@@ -242,29 +241,30 @@ class TargetEncoder(nn.Module):
         advice = "try another --encoder, or a file for --encoder-weights"
         refusal = f"encoder {name} with weights {weights} does not work; {advice}"
         with as_user_error(refusal):
-            # Random weights are the same in every run. (train seeds again before it builds SiT.)
-            torch.manual_seed(0)
-            self.model = timm.create_model(name, pretrained=(weights == "download"))
+            with torch.random.fork_rng():  # leaves torch's random numbers as they were
+                torch.manual_seed(0)  # random weights are the same in every run
+                self.model = timm.create_model(name, pretrained=(weights == "download"))
             if weights not in ("download", "random"):
                 state = timm.models.load_state_dict(weights)  # reads the file
-                state.pop(
-                    "mask_token", None
-                )  # DINOv2's authors save it, but timm has no use for it
+                # The file of DINOv2's authors also has a mask_token, for training. Any other
+                # difference from timm's model is refused by load_state_dict.
+                state.pop("mask_token", None)
                 self.model.load_state_dict(state)
             # The pixels that the encoder was trained on were normalised with these numbers.
             for key in ("mean", "std"):
                 value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)
                 self.register_buffer(key, value, persistent=False)
-            # Images are resized, so that the encoder has as many tokens as SiT: with patches of 14
-            # pixels, as in DINOv2, to 16 * 14 = 224. For a CNN it is the map at stride 16 that
-            # counts. The ViTs of timm are the models that have num_prefix_tokens.
-            self.grid_size, stride = grid_size, 16
+            # Only a ViT has class and register tokens, whose number timm calls num_prefix_tokens.
+            # All other encoders are treated as CNNs.
             self.is_vit = hasattr(self.model, "num_prefix_tokens")
+            # Images are resized, so that the encoder has as many tokens as SiT.
+            self.grid_size = grid_size
             if self.is_vit:
-                stride = self.model.patch_embed.patch_size[0]
-            self.size = (grid_size * stride, grid_size * stride)
-            if self.is_vit:
-                self.model.set_input_size(self.size)  # resamples the position embeddings
+                side = grid_size * self.model.patch_embed.patch_size[0]  # 16 * 14 for DINOv2
+                self.model.set_input_size((side, side))  # resamples the position embeddings
+            else:
+                side = grid_size * 16  # for the feature map at stride 16
+            self.size = (side, side)
             self.eval().requires_grad_(False)
             z = self(torch.zeros(1, 3, 32, 32))  # a trial run, to see the shape
         if z.shape[1] != grid_size**2:
@@ -278,8 +278,12 @@ class TargetEncoder(nn.Module):
         if self.is_vit:
             tokens = self.model.forward_features(x)  # after the final norm
             return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
-        maps = self.model.forward_intermediates(x, intermediates_only=True)  # of all stages
-        fitting = [m for m in maps if m.shape[-1] == self.grid_size]  # (N, embed_dim, g, g)
+        # A CNN has a feature map (N, channels, h, w) for each stage. We take the last one that has
+        # the size of SiT's grid. If there is none, __init__ refuses the encoder.
+        maps = self.model.forward_intermediates(x, intermediates_only=True)
+        fitting = [m for m in maps if m.shape[-1] == self.grid_size]
+        if not fitting:
+            fitting = maps
         return fitting[-1].flatten(2).transpose(1, 2)
 
 
@@ -338,7 +342,7 @@ def sample_ode(
         t, t_next = k / num_steps, (k - 1) / num_steps
         scale = cfg_scale if guidance_low <= t <= guidance_high else 1.0
         v = guided_velocity(model, x, t, y, scale)
-        # The last step is Euler's, as in the authors' code and in EDM, whose ODE divides by t.
+        # Like the authors, we take the last step by Euler's method.
         if heun and t_next > 0:
             v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, scale)
             v = (v + v_next) / 2
@@ -406,7 +410,7 @@ def load_data(name):
         raise UserError(f"the classes in {name} differ: {both}")
     data = []
     for dataset in (train, test):
-        # Pairs of an image, a uint8 tensor in both kinds of dataset, and its label.
+        # dataset[i] is an image, as a uint8 tensor, and its label.
         pairs = [dataset[i] for i in progress(range(len(dataset)), "reading images")]
         images, labels = zip(*pairs)
         data += [torch.stack(images), torch.tensor(labels)]
@@ -427,7 +431,8 @@ def load_checkpoint(path):
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
-    # What train saves: states, rows of metrics.csv, options, arguments of SiT, names of classes.
+    # States of model, EMA, optimizer and scaler, the step, the rows of metrics.csv, the options,
+    # the arguments of SiT, and the names of the classes:
     keys = "model ema optimizer scaler step rows config sit classes".split()
     with as_user_error(f"cannot load {path} as a checkpoint of this version of repa_mini.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
@@ -465,33 +470,30 @@ def build_parser():
 
 
 def parse_options(argv):
-    """The options, and the checkpoint of --resume or None. An option is what is typed, else what
-    the checkpoint says, else what --smoke says, else its default."""
+    """The options, and the checkpoint of --resume or None. What is typed wins over the checkpoint,
+    the checkpoint over --smoke, and --smoke over the defaults."""
     parser, checkpoint = build_parser(), None
-    # 1. Find --smoke and --resume.
+    # 1. Parse once, to see whether --smoke and --resume are there.
     args = parser.parse_args(argv)
     if "" in vars(args).values():  # such as --data "$DATA" if that variable is not set
         parser.error("an option is empty")
-    # 2. Collect their values. A checkpoint has a value for every option.
-    defaults = {}
+    # 2. Replace the defaults. The checkpoint has a value for every option.
     if args.smoke:
-        defaults.update(SMOKE)
+        parser.set_defaults(**SMOKE)
     if args.resume is not None:
         checkpoint = load_checkpoint(args.resume)
-        defaults.update(checkpoint["config"])
+        parser.set_defaults(**checkpoint["config"])
         folder = Path(args.resume)
         if folder.is_file():
             folder = folder.parent
-        defaults["output_dir"] = str(folder)  # the run may have been moved
-    # 3. Parse again: what is typed replaces these values.
-    parser.set_defaults(**defaults)
+        parser.set_defaults(output_dir=str(folder))  # the run may have been moved
+    # 3. Parse again, so that what is typed replaces these defaults, and check the values.
     args = parser.parse_args(argv)
-    # 4. Check them.
-    size = SIT_MODELS[args.model]
+    base = SIT_MODELS[args.model]
     if args.encoder_depth is None:
-        args.encoder_depth = size["encoder_depth"]
-    if not 1 <= args.encoder_depth <= size["depth"]:
-        parser.error(f"--encoder-depth is not one of the blocks 1 to {size['depth']}")
+        args.encoder_depth = base["encoder_depth"]
+    if not 1 <= args.encoder_depth <= base["depth"]:
+        parser.error(f"--encoder-depth is not one of the blocks 1 to {base['depth']}")
     if min(args.batch_size, args.max_train_steps, args.eval_every) < 1:
         parser.error("a number of images or steps is below 1")
     if not (args.learning_rate >= 0 and args.proj_coeff >= 0 and 0 <= args.cfg_prob <= 1):
@@ -508,8 +510,8 @@ def parse_options(argv):
 
 # ---- 7. Training
 def seed_for(*use):
-    """A seed for a use such as ("batch", seed, step). Different uses get unrelated seeds. Random
-    accepts a text as its seed, and gives the same number for it in every process."""
+    """A seed for a use such as ("batch", seed, step). Different uses get unrelated seeds. Python's
+    generator, if its seed is a text, gives the same number in every process."""
     return random.Random(repr(use)).getrandbits(63)
 
 
@@ -553,8 +555,7 @@ def compute_targets(encoder, images):
 @torch.no_grad()
 def evaluate(model, encoder, images, labels, path_type):
     """The velocity loss and, with an encoder, the mean cosine of the patches, on at most 1,000 of
-    the images, always with the same noise and times. train calls this with the moving average, and
-    with the encoder also after --repa-stop-step, to see what is left of the alignment."""
+    the images, always with the same noise and times."""
     every = math.ceil(len(images) / 1000)
     images, labels = images[::every], labels[::every]
     g = torch.Generator().manual_seed(seed_for("evaluation"))  # on the CPU: equal for all devices
@@ -574,6 +575,13 @@ def evaluate(model, encoder, images, labels, path_type):
     return means
 
 
+def finite_mean(values):
+    """The mean of a list of scalar tensors, without those that are not finite. In float16 gradients
+    may overflow. Then their norm is inf, and the scaler skips the step."""
+    values = torch.stack(values)
+    return values[values.isfinite()].mean().item()
+
+
 def draw_grid(model, path):
     """Write samples without guidance, one class a row, always from the same noise."""
     y = torch.arange(min(10, model.num_classes)).repeat_interleave(10)
@@ -591,8 +599,8 @@ def save(folder, checkpoint):
         torch.save(checkpoint, part)
     part.replace(folder / "checkpoint.pt")
     columns = []
-    for row in checkpoint["rows"]:
-        for name in row:  # after --repa-stop-step a row has no repa_loss
+    for row in checkpoint["rows"]:  # any row may lack repa_loss, because of --repa-stop-step
+        for name in row:
             if name not in columns:
                 columns.append(name)
     with open(folder / "metrics.csv", "w", newline="") as file:
@@ -608,25 +616,21 @@ def train(args, checkpoint=None):
     is_mixed = dtype != torch.float32
 
     # The encoder is built before the images are read, so that a mistake in it shows at once.
-    size = SIT_MODELS[args.model]
+    base = SIT_MODELS[args.model]
     encoder, z_dim = None, 0
     if args.proj_coeff > 0:
-        encoder = TargetEncoder(args.encoder, 32 // size["patch_size"], args.encoder_weights)
+        encoder = TargetEncoder(args.encoder, 32 // base["patch_size"], args.encoder_weights)
         encoder.to(device)
         z_dim = encoder.embed_dim
     *tensors, classes = load_data(args.data)
     images, labels, val_images, val_labels = [tensor.to(device) for tensor in tensors]
     # Instead of random flips, mirror images are added, so that their targets can be cached, too.
     images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-    cached_targets = None
-    if encoder is not None and args.cache_targets:
-        with torch.autocast(device.type, dtype, enabled=is_mixed):
-            cached_targets = compute_targets(encoder, images)
 
     # The model, its moving average (EMA) and the optimizer: new ones, or the checkpoint's.
-    sit = dict(size, encoder_depth=args.encoder_depth, num_classes=len(classes), z_dim=z_dim)
+    sit_args = dict(base, encoder_depth=args.encoder_depth, num_classes=len(classes), z_dim=z_dim)
     torch.manual_seed(seed_for("weights", args.seed))
-    model = SiT(**sit).to(device)
+    model = SiT(**sit_args).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -642,6 +646,10 @@ def train(args, checkpoint=None):
         optimizer.param_groups[0]["lr"] = args.learning_rate  # the option replaces the loaded one
     if args.compile:
         model.compile()  # in place, so that the weights keep their names
+    cached_targets = None
+    if args.cache_targets and encoder is not None and start < args.repa_stop_step:
+        with torch.autocast(device.type, dtype, enabled=is_mixed):
+            cached_targets = compute_targets(encoder, images)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{args.model} on {device}, {len(images)} images with mirror images, in {folder}")
@@ -667,11 +675,9 @@ def train(args, checkpoint=None):
 
         # 4. The update of the weights and of their moving average.
         optimizer.zero_grad()
-        # In float16 the scaler multiplies the loss, so that small gradients do not become 0, and
-        # skips a step if gradients overflow. With another dtype it does nothing of its own.
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # the scaler does nothing unless dtype is float16
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # inf in a skipped step
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         update_ema(ema, model, step)
@@ -682,8 +688,11 @@ def train(args, checkpoint=None):
         # the CPU wait for the GPU.
         done = step + 1
         if done % args.eval_every == 0 or done == args.max_train_steps:
-            row = {name: torch.stack(values).mean().item() for name, values in history.items()}
+            # Losses and gradient norm are those of the model, the held-out values those of the EMA.
+            row = {name: finite_mean(values) for name, values in history.items()}
             history.clear()
+            # After --repa-stop-step the projector is no longer trained, but the alignment is still
+            # measured with it.
             with torch.autocast(device.type, dtype, enabled=is_mixed):
                 row.update(evaluate(ema, encoder, val_images, val_labels, args.path_type))
             # This is checked before the save, so that the last checkpoint stays usable.
@@ -695,14 +704,14 @@ def train(args, checkpoint=None):
             state = dict(model=model.state_dict(), ema=ema.state_dict())
             state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             # sample.py also needs the arguments of SiT and the names of the classes.
-            state.update(step=done, rows=rows, config=vars(args), sit=sit, classes=classes)
-            # If saving or drawing fails, for example on a full disk, the next evaluation tries it
-            # again. Only a failure after the last evaluation ends the run.
+            state.update(step=done, rows=rows, config=vars(args), sit=sit_args, classes=classes)
+            # If saving or drawing fails, for example on a full disk, the run goes on. It ends with
+            # this error only after the last evaluation.
             try:
                 save(folder, state)
                 draw_grid(ema, folder / f"samples_{done:07d}.png")
             except (UserError, OSError) as error:
-                tqdm.write(f"cannot save: {error}")
+                tqdm.write(f"cannot save or draw: {error}")
                 if done == args.max_train_steps:
                     raise
 

@@ -674,10 +674,10 @@ def test_under_fp16_a_step_that_overflows_is_skipped(train, monkeypatch):
     """The first scale is far too large, the second is 2^10."""
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-50)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    run = train("--dtype float16")
+    run = train("--dtype float16 --eval-every 2")
     assert run.state["scaler"]["scale"] == 2.0**10
     assert {state["step"].item() for state in run.state["optimizer"]["state"].values()} == {3}
-    assert all(row["grad_norm"] < 10 for row in run.rows[1:])  # unscaled
+    assert all(row["grad_norm"] < 10 for row in run.rows)  # unscaled, without the skipped step
 
 
 def test_a_compiled_run_is_the_uncompiled_one(train, monkeypatch):
@@ -749,7 +749,7 @@ def test_on_a_full_disk_a_run_goes_on_but_its_last_save_has_to_work(train, name)
         path.unlink(missing_ok=True)
         path.symlink_to("/dev/full")
     run = train("--max-train-steps 3", folder)
-    assert run.out.count("cannot save") == 2  # after steps 2 and 3
+    assert run.out.count("cannot save or draw") == 2  # after steps 2 and 3
     assert "No space left" in run.mistake or "cannot write" in run.mistake
     for path in paths:
         path.unlink(missing_ok=True)
