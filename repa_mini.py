@@ -60,6 +60,8 @@ def as_user_error(sentence):
     """Any exception inside this context becomes a UserError of one sentence."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
         raise UserError(f"{sentence} ({reason[:200]})") from error
@@ -267,8 +269,8 @@ class TargetEncoder(nn.Module):
             self.size = (side, side)
             self.eval().requires_grad_(False)
             z = self(torch.zeros(1, 3, 32, 32))  # a trial run, to see the shape
-        if z.shape[1] != grid_size**2:
-            raise UserError(f"encoder {name} gives {z.shape[1]} tokens, not {grid_size**2}")
+            if z.shape[1] != grid_size**2:
+                raise UserError(f"encoder {name} gives {z.shape[1]} tokens, not {grid_size**2}")
         self.embed_dim = z.shape[2]
 
     @torch.no_grad()
@@ -279,11 +281,11 @@ class TargetEncoder(nn.Module):
             tokens = self.model.forward_features(x)  # after the final norm
             return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
         # A CNN has a feature map (N, channels, h, w) for each stage. We take the last one that has
-        # the size of SiT's grid. If there is none, __init__ refuses the encoder.
+        # the size of SiT's grid.
         maps = self.model.forward_intermediates(x, intermediates_only=True)
         fitting = [m for m in maps if m.shape[-1] == self.grid_size]
         if not fitting:
-            fitting = maps
+            raise UserError("this encoder has no feature map of the size of SiT's grid")
         return fitting[-1].flatten(2).transpose(1, 2)
 
 
@@ -576,8 +578,8 @@ def evaluate(model, encoder, images, labels, path_type):
 
 
 def finite_mean(values):
-    """The mean of a list of scalar tensors, without those that are not finite. In float16 gradients
-    may overflow. Then their norm is inf, and the scaler skips the step."""
+    """The mean of a list of scalar tensors, losses or gradient norms, without those that are not
+    finite. In float16 gradients may overflow. Then the scaler skips the step."""
     values = torch.stack(values)
     return values[values.isfinite()].mean().item()
 
