@@ -203,11 +203,17 @@ def test_cnn_targets_are_the_map_at_stride_16_row_by_row():
     maps = encoder.model.forward_intermediates(x, intermediates_only=True)
     assert encoder.embed_dim == 112 and maps[3].shape == (2, 112, 2, 2)
     assert close(encoder(x)[:, 1], maps[3][:, :, 0, 1])  # token 1 is row 0, column 1
+    encoder.grid_size = 3  # no stage has a map of this size
+    with pytest.raises(UserError, match="^this encoder has no feature map"):
+        with repa_mini.as_user_error("which lets a UserError pass"):
+            encoder(x)
 
 
 @pytest.mark.parametrize("name", FIT.split())
 def test_an_encoder_gives_one_token_for_each_patch_and_random_weights_are_the_same(name):
+    random_state = torch.get_rng_state()
     encoder, again = TargetEncoder(name, 4, "random"), TargetEncoder(name, 4, "random")
+    assert torch.equal(random_state, torch.get_rng_state())
     assert same_state(encoder.state_dict(), again.state_dict())
     z = encoder(torch.rand(2, 3, 32, 32))
     assert z.shape == (2, 16, encoder.embed_dim) and not torch.equal(z[0], z[1])
@@ -536,11 +542,14 @@ def test_a_run_is_what_the_equations_say_after_every_step(train, monkeypatch, op
         save(folder, state)
         states.append(copy.deepcopy(state))
 
+    compute_targets = Mock(wraps=repa_mini.compute_targets)
+    monkeypatch.setattr(repa_mini, "compute_targets", compute_targets)
     monkeypatch.setattr(repa_mini, "save", save_and_keep)
     if options == "--proj-coeff 0":
         monkeypatch.setattr(repa_mini, "TargetEncoder", None)
     assert train(f"{options} --encoder-depth 3").code == 0 and len(states) == 4
     args = SimpleNamespace(**states[0]["config"])
+    assert compute_targets.called == bool(args.cache_targets)
     images, labels, _, _, _ = repa_mini.load_data(args.data)
     images, labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
     encoder, z_dim = TargetEncoder("test_vit", 4, "random"), 64 if args.proj_coeff else 0
