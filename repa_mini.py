@@ -60,7 +60,7 @@ def as_user_error(sentence):
     """Any exception inside this context becomes a UserError of one sentence."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
@@ -234,9 +234,9 @@ DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 
 class TargetEncoder(nn.Module):
     """A frozen timm encoder: images (N, 3, H, W) in [-1, 1] -> z (N, grid_size**2, embed_dim).
-    z are the patch tokens of a ViT, after its final norm, or the feature map of a CNN at stride 16.
-    `weights` is "download", "random", or a .safetensors or .pth file. Raises UserError for an
-    encoder that cannot be built or does not give one token for each patch."""
+    z are the patch tokens of a ViT, after its final norm if it has one, or the feature map of a CNN
+    at stride 16. `weights` is "download", "random", or a .safetensors or .pth file. Raises
+    UserError for an encoder that cannot be built or does not give one token for each patch."""
 
     def __init__(self, name=DINOV2, grid_size=16, weights="download"):
         super().__init__()
@@ -278,7 +278,7 @@ class TargetEncoder(nn.Module):
         x = ((images + 1) / 2 - self.mean) / self.std
         x = F.interpolate(x, self.size, mode="bicubic")  # after normalising, like the authors
         if self.is_vit:
-            tokens = self.model.forward_features(x)  # after the final norm
+            tokens = self.model.forward_features(x)  # after a final norm
             return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
         # A CNN has a feature map (N, channels, h, w) for each stage. We take the last one that has
         # the size of SiT's grid.
