@@ -240,7 +240,7 @@ class TargetEncoder(nn.Module):
 
     def __init__(self, name=DINOV2, grid_size=16, weights="download"):
         super().__init__()
-        advice = "try another --encoder, or a file for --encoder-weights"
+        advice = "try another --encoder, a file for --encoder-weights, or --smoke"
         refusal = f"encoder {name} with weights {weights} does not work; {advice}"
         with as_user_error(refusal):
             with torch.random.fork_rng():  # leaves torch's random numbers as they were
