@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
 
 import repa_mini
-from repa_mini import UserError, interpolant, progress, to_pixels, to_unit
+from repa_mini import UserError, interpolant, to_pixels, to_unit
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # t of the hidden states
 
@@ -83,7 +84,7 @@ def show_samples(args, run):
     options.update(guidance_low=args.guidance_low, guidance_high=args.guidance_high)
     classes, samples = torch.tensor(args.classes), []
     batches = torch.arange(args.num_samples).split(args.batch_size)
-    for numbers in progress(batches, "sampling"):
+    for numbers in tqdm(batches, "sampling", disable=None):
         y = classes[numbers % len(classes)].to(run.device)
         noise = starting_noise(args.seed, numbers.tolist()).to(run.device)
         if args.mode == "ode":
@@ -160,10 +161,13 @@ def show_losses(args, run):
     images, labels = held_out_images(args, run)
     encoder = load_encoder(args, run) if run.model.projectors else None
     rows = [defaultdict(float, t=i / 20) for i in range(1, 20, 2)]  # 0.05, 0.15, ...
-    for numbers in progress(torch.arange(len(images)).split(100), "losses"):
+    batches = torch.arange(len(images)).split(100)
+    for numbers in tqdm(batches, "losses", disable=None):
         x, y = to_unit(images[numbers].to(run.device)), labels[numbers].to(run.device)
         noise = starting_noise(0, numbers.tolist()).to(run.device)
-        z = None if encoder is None else encoder(x)
+        z = None
+        if encoder is not None:
+            z = encoder(x)
         share = len(x) / len(images)
         for row in rows:
             t = x.new_full((len(x),), row["t"])
@@ -280,7 +284,8 @@ def show_cknna(args, run):
     for block in run.model.blocks:
         block.register_forward_hook(keep)
     targets, pooled = [], {}
-    for numbers in progress(torch.arange(len(images)).split(100), "hidden states"):
+    batches = torch.arange(len(images)).split(100)
+    for numbers in tqdm(batches, "hidden states", disable=None):
         x = to_unit(images[numbers].to(run.device))
         targets.append(encoder(x).mean(1).float().cpu())
         for t in TIMES:
@@ -323,7 +328,7 @@ def build_parser():
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="folder of a run, or a checkpoint")
     add("--output", type=Path, help="default: a new file beside the checkpoint")
-    add("--device", default=repa_mini.DEFAULT_DEVICE, help="cuda, cuda:1, mps, cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.set_defaults(view="samples")
     views = parser.add_mutually_exclusive_group()

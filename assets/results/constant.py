@@ -18,16 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's to
 import repa_mini
 
 
+def targets(encoder, images):
+    return torch.cat([encoder(repa_mini.to_unit(part)) for part in images.split(100)])
+
+
 def main():
     args, _ = repa_mini.parse_options(None)
     encoder = repa_mini.TargetEncoder(args.encoder, 8, args.encoder_weights)
     images, _, val_images, _, _ = repa_mini.load_data(args.data)
     val_images = val_images[:: -(-len(val_images) // 1000)]  # those that `evaluate` takes
     chosen = torch.linspace(0, len(images) - 1, 2000).long()
-    tokens = repa_mini.compute_targets(encoder, images[chosen]).float()
-    constant = F.normalize(tokens, dim=-1).mean(0)
-    targets = repa_mini.compute_targets(encoder, val_images).float()
-    cosine = F.cosine_similarity(constant, targets, dim=-1).mean().item()
+    constant = F.normalize(targets(encoder, images[chosen]), dim=-1).mean(0)
+    cosine = F.cosine_similarity(constant, targets(encoder, val_images), dim=-1).mean().item()
     weights = Path(args.encoder_weights).stem
     row = {"encoder": args.encoder, "weights": weights, "cosine": round(cosine, 4)}
     print(row)
