@@ -98,7 +98,7 @@ def test_initialisation_tensor_by_tensor():
             assert not p.any(), name
         elif name.startswith(("t_embedder", "y_embedder")):
             assert abs(p.std() / 0.02 - 1) < 0.03 and p.abs().max() > 0.06, name  # normal
-        elif name != "pos_embed":  # also for patches
+        elif name != "pos_embed":  # patches, too
             bound = math.sqrt(6 / (p.shape[0] + p[0].numel()))
             assert 0.98 * bound < p.abs().max() <= bound, name
             assert abs(p.std() / (bound / math.sqrt(3)) - 1) < 0.03, name  # uniform
@@ -107,7 +107,7 @@ def test_initialisation_tensor_by_tensor():
 LAYERS = """x_embedder.proj t_embedder.mlp.0 t_embedder.mlp.2 projectors.0.0 projectors.0.2
 projectors.0.4 blocks.0.attn.qkv blocks.0.attn.proj blocks.0.mlp.fc1 blocks.0.mlp.fc2
 blocks.0.adaLN_modulation.1 final_layer.linear final_layer.adaLN_modulation.1"""
-SIZES = {  # parameters, heads and encoder depth of the authors' models
+SIZES = {  # the authors' parameters, heads and encoder depth
     "SiT-S/2": (39515664, 6, 4),  # theirs with decoder_hidden_size=384
     "SiT-B/4": (137771328, 12, 4),
     "SiT-L/2": (465955600, 16, 8),
@@ -129,8 +129,8 @@ def test_the_state_dict_has_the_authors_keys_and_sizes(name):
     assert expected == {k for k in model.state_dict() if not re.match(r"blocks\.[1-9]", k)}
 
 
-# With the authors' SiT in evaluation mode (theirs drops labels in training) and their SILoss, in
-# whose place of random numbers t and the noise were put.
+# The numbers are those of the authors' SiT in evaluation mode (in training it drops labels) and of
+# their SILoss, with this t and this noise instead of random ones.
 def test_velocities_losses_and_gradients_are_the_authors():
     norms = {  # of some gradients
         "x_embedder.proj.weight": 0.5325303,
@@ -155,7 +155,7 @@ def test_velocities_losses_and_gradients_are_the_authors():
     (velocity_loss + 0.5 * repa_loss).backward()
     for name, norm in norms.items():
         assert close(model.get_parameter(name).grad.norm(), norm), name
-    assert close(nn.utils.clip_grad_norm_(model.parameters(), 1.0), 1.8357975)  # of all
+    assert close(nn.utils.clip_grad_norm_(model.parameters(), 1.0), 1.8357975)
 
 
 # ---- 2. Targets
@@ -254,7 +254,7 @@ def field(x, t, y):
 
 field.num_classes = 10
 GUIDED = dict(cfg_scale=2.5, guidance_low=0.25, guidance_high=0.75)  # both ends are steps
-SAMPLES = {  # the authors' first numbers, with `wave` for the SDE's noise
+SAMPLES = {  # the authors' first numbers
     "Euler": (dict(), [-0.0574911, 0.0811571, 0.1542285]),
     "Heun": (dict(heun=True), [-0.0560972, 0.1136588, 0.1962683]),
     "guidance": (dict(cfg_scale=2.5), [-0.1439568, -0.0068599, 0.0635406]),
@@ -287,17 +287,17 @@ def test_guidance_includes_the_ends_of_its_interval():
 
 # ---- 5. Data
 def test_shapes_have_their_hue_and_outline():
-    images, labels = draw_shapes(200, seed=0)
-    assert images.shape == (200, 3, 32, 32) and labels.tolist() == list(range(10)) * 20
-    both = torch.cat([images, draw_shapes(200, seed=1)[0]])
-    assert len(both.flatten(1).unique(dim=0)) == 400
+    images, labels, held_out, _, classes = repa_mini.load_data("shapes")
+    assert images.shape == (4000, 3, 32, 32) and labels.tolist() == list(range(10)) * 400
+    assert classes[0] == "3 corners" and len(classes) == 10
+    assert len(torch.cat([images, held_out]).flatten(1).unique(dim=0)) == 4200  # none twice
     red, green, blue = images.double().sum((2, 3)).T
     hue = torch.atan2((green - blue) * math.sqrt(3) / 2, red - (green + blue) / 2)
     assert ((hue / math.tau * 10 - labels + 5) % 10 - 5).abs().max() < 0.2
     masks = images.amax(1).int() - images.amin(1).int() > 60  # coloured, not grey
     areas, heights = masks.sum((1, 2)), masks.any(2).sum(1)
-    expected = [0.612, 1.028, 0.755, 0.858, 0.768, 0.832, 0.781, 0.811, 0.782, 0.802]
-    assert close((areas / heights**2).view(20, 10).mean(0), expected, 0.01)  # a square has 1
+    expected = [0.621, 1.002, 0.752, 0.865, 0.773, 0.829, 0.782, 0.811, 0.785, 0.803]
+    assert close((areas / heights**2).view(400, 10).mean(0), expected, 0.005)  # a square has 1
 
 
 @pytest.mark.parametrize("size", [(96, 32), (32, 64), (64, 64)])
@@ -308,7 +308,7 @@ def test_images_are_turned_and_cropped(tmp_path, mode, size):
     if mode == "RGBA":  # all transparent
         image.putalpha(0)
         seen = Image.new("RGB", size, "white")
-    exif[0x0112] = 6  # the image is to be turned by a quarter
+    exif[0x0112] = 6  # to be turned by a quarter
     image.save(tmp_path / "0.png", exif=exif)
     seen = seen.transpose(Image.Transpose.ROTATE_270)
     centre = ImageOps.fit(seen, (32, 32), Image.Resampling.BICUBIC)
@@ -380,7 +380,7 @@ def test_a_batch_follows_from_seed_and_step():
     assert torch.equal(y[~is_dropped], labels[index][~is_dropped])
     assert abs(is_dropped.float().mean() - 0.3) < 4 * math.sqrt(0.21 / n)
     uniform = (torch.arange(n) + 0.5) / n
-    assert (t.sort().values - uniform).abs().max() < 2 / math.sqrt(n)  # Kolmogorov-Smirnov
+    assert (t.sort().values - uniform).abs().max() < 1.4 / math.sqrt(n)  # Kolmogorov-Smirnov
     assert abs(noise.mean()) < 0.005 and abs(noise.std() - 1) < 0.005
     assert (index.bincount(minlength=40) - 24).abs().max() < 4 * math.sqrt(24)
     assert all(torch.equal(a, b) for a, b in zip(batches[3], batches[63]))
@@ -564,18 +564,18 @@ def table_of(path):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def test_rows_are_means_and_grids_are_samples_of_the_ema(train, finished):
+def test_rows_are_means_and_grids_are_samples(train, finished, trained):
     run = train("--max-train-steps 3 --eval-every 2")
     first, second, third = finished.rows[:3]  # the same steps, one by one
     for name in ("velocity_loss", "repa_loss"):
         assert close(run.rows[0][name], (first[name] + second[name]) / 2, 1e-6)
     assert run.rows[0]["val_velocity_loss"] == second["val_velocity_loss"]
     assert run.rows[1:] == [third] and table_of(run.folder / "metrics.csv") == run.rows
-    assert (run.folder / "samples_0000002.png").exists()
+    assert len(list(run.folder.glob("samples_000000[23].png"))) == 2
     y = torch.arange(4).repeat_interleave(10)  # one class a row
     noise = torch.randn(40, 3, 32, 32, generator=seeded("grid"))
-    cells = grid_cells(run.folder / "samples_0000003.png", columns=10)
-    assert shows(cells, sample_ode(ema_of(run), noise, y, 1))
+    cells = grid_cells(trained.folder / "samples_0000040.png", columns=10)
+    assert shows(cells, sample_ode(ema_of(trained), noise, y, 1))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -583,7 +583,7 @@ def test_mixed_precision_is_close_to_float32(train, finished, encoded, dtype):
     run = train(f"--dtype {dtype} --cache-targets")
     assert {n for n, is_autocast in encoded if is_autocast} == {100, 12}  # only cached targets
     assert all(p.dtype == torch.float32 for p in run.state["model"].values())
-    for ours, exact in zip(run.rows[1:], finished.rows[1:]):  # it begins at zero
+    for ours, exact in zip(run.rows[1:], finished.rows[1:]):  # row 0 is equal
         assert 0 < abs(ours["velocity_loss"] - exact["velocity_loss"]) < 1e-3
         assert close(ours["val_velocity_loss"], exact["val_velocity_loss"], 1e-3)
     means = [some.state["optimizer"]["state"][1]["exp_avg"] for some in (run, finished)]
@@ -616,7 +616,7 @@ def test_a_compiled_run_is_the_uncompiled_one(train, monkeypatch):
 
 # ---- 7. Stopped, killed, resumed
 @pytest.mark.parametrize("options", ["", "--proj-coeff 0", "--cache-targets --dtype float16"])
-def test_a_stopped_run_equals_an_uninterrupted_one(train, monkeypatch, options):
+def test_a_stopped_run_equals_a_whole_one(train, monkeypatch, options):
     """By Ctrl-C in a step, or killed between a save and its rename."""
     options += " --seed 7 --eval-every 3 --max-train-steps"
     whole, folder = train(f"{options} 7"), train(f"{options} 3").folder
@@ -663,17 +663,17 @@ def test_which_value_of_an_option_wins(finished):
 
 
 def test_what_is_typed_on_resume_takes_effect(train, monkeypatch, tmp_path):
-    folder = train("--cache-targets --max-train-steps 1").folder.rename(tmp_path / "moved")
-    options = "--no-cache-targets --learning-rate 5e-2 --max-train-steps 2 --repa-stop-step 1"
+    folder = train("--cache-targets --repa-stop-step 0").folder.rename(tmp_path / "moved")
+    options = "--no-cache-targets --learning-rate 5e-2 --max-train-steps 5 --repa-stop-step 5"
     after = train(options, folder)
-    assert after.code == 0 and "repa_loss" not in after.rows[1]
+    assert after.code == 0 and ["repa_loss" in row for row in after.rows] == 4 * [False] + [True]
     assert not after.state["config"]["cache_targets"]
     assert after.state["optimizer"]["param_groups"][0]["lr"] == 5e-2
     again = train("", folder)
     assert again.code == 0 and "the run is finished" in again.err and again.rows == after.rows
     monkeypatch.chdir(folder)
-    call(repa_mini.main, "--resume checkpoint.pt --max-train-steps 3")
-    assert repa_mini.load_checkpoint(folder)["step"] == 3
+    call(repa_mini.main, "--resume checkpoint.pt --max-train-steps 6")
+    assert repa_mini.load_checkpoint(folder)["step"] == 6
 
 
 def test_infinite_numbers_are_not_saved(train):
@@ -690,8 +690,8 @@ def test_infinite_numbers_are_not_saved(train):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "code", "a missing key"])
-def test_a_strange_file_is_refused_and_not_executed(finished, monkeypatch, tmp_path, kind):
-    class Trap:  # a pickle that creates a file when it is opened without care
+def test_a_strange_file_is_refused(finished, monkeypatch, tmp_path, kind):
+    class Trap:  # opened without care, it creates a file
         def __reduce__(self):
             return open, ("executed", "w")
 
@@ -734,7 +734,7 @@ def test_a_mistake_is_told_before_a_folder_is_made(train):
             assert sentence in run.mistake and not run.folder.exists(), options
 
 
-def test_a_full_memory_is_told(train, monkeypatch):
+def test_a_full_memory_is_told_but_not_a_bug(train, monkeypatch):
     errors = [torch.OutOfMemoryError("tried to allocate 80 GiB"), AttributeError]
     monkeypatch.setattr(repa_mini, "draw_batch", Mock(side_effect=errors))
     assert "--batch-size" in train().mistake
@@ -748,7 +748,7 @@ def test_a_run_counts_on_and_its_decay_has_a_cap(train, finished, tmp_path, monk
     torch.save({**finished.state, "step": 999_999}, tmp_path / "checkpoint.pt")
     run = train("--max-train-steps 1000000 --learning-rate 1", tmp_path)
     assert progress.call_args.kwargs == dict(initial=999_999, total=1_000_000, disable=None)
-    assert "step 1000000: " in run.out and run.rows[-1]["step"] == 1_000_000
+    assert "step 1000000: " in run.out
     for name, before in finished.state["ema"].items():
         assert close(run.state["ema"][name], before.lerp(run.state["model"][name], 1e-4), 1e-6)
 
@@ -824,8 +824,8 @@ def test_samples_are_written_once(trained, tmp_path, monkeypatch):
     y = torch.tensor([2, 0, 3, 2, 0, 3, 2])
     x = sample_ode(ema_of(trained), starting_noise(0, range(7)), y, 2)
     monkeypatch.setattr(repa_mini, "guided_velocity", None)
-    for option in outputs:
-        assert re.search("already exists|not empty", show(trained.folder, option).mistake)
+    for option, told in zip(outputs, ("grid.png already", "s.npz already", "png is not empty")):
+        assert told in show(trained.folder, option).mistake
     cells = grid_cells("grid.png", columns=3)  # one class a row
     assert shows(cells[[0, 3, 6, 1, 4, 7, 2]], x) and not cells[[5, 8]].any()
     pictures = np.stack([np.array(Image.open(f"png/00000{i}.png")) for i in range(7)])
@@ -848,7 +848,7 @@ def test_a_trajectory_ends_in_the_sample(trained, tmp_path):
     assert shows(cells[:, 1, 1], (d_sigma * x - sigma * v) / (alpha * d_sigma - d_alpha * sigma))
     show(trained.folder, f"{options} --output {tmp_path}/t.gif")
     with Image.open(tmp_path / "t.gif") as frames:
-        assert frames.n_frames == 10 and frames.size == (2 + 2 * 34, 2 + 2 * 34)
+        assert frames.n_frames == 10 and frames.size == (70, 70)
 
 
 def test_losses_by_noise_level(trained, vanilla, monkeypatch):
@@ -916,7 +916,7 @@ def test_cknna_is_its_authors(k, expected):
 def test_neighbours_vote_with_their_cosine():
     pairs = torch.eye(50).repeat_interleave(2, dim=0)  # of different classes
     assert sample.knn_accuracy(pairs, torch.arange(100) % 2, topk=1) == 0
-    angles = torch.tensor([0.0, 0.1, 1.2, 1.2])  # one near neighbour beats two distant ones
+    angles = torch.tensor([0.0, 0.1, 1.2, 1.2])  # one near one beats two far ones
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     assert sample.knn_accuracy(features, torch.tensor([1, 1, 0, 0]), topk=3) == 1
 
@@ -933,7 +933,7 @@ def test_the_cknna_table(trained):
     assert close(rows[1]["knn t=0.5"], sample.knn_accuracy(states[0], labels, 3), 2e-5)
 
 
-def test_the_encoder_is_the_runs_or_a_typed_one(trained, tmp_path, monkeypatch):
+def test_the_encoder_is_the_runs_or_typed(trained, tmp_path, monkeypatch):
     config = {**trained.state["config"], "encoder_weights": "RUNS"}
     torch.save({**trained.state, "config": config}, tmp_path / "checkpoint.pt")
     encoder = Mock(side_effect=UserError("no encoder"))
@@ -971,7 +971,7 @@ def test_a_mistake_in_sampling_is_told(vanilla, tmp_path, monkeypatch):
         "--alignment --encoder test_vit": "does not use --encoder",
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(repa_mini, "guided_velocity", None)  # it is found out before
+    monkeypatch.setattr(repa_mini, "guided_velocity", None)  # found out before
     for options, sentence in mistakes.items():
         assert sentence in show(vanilla.folder, options).mistake, options
         assert not list(tmp_path.iterdir()), options
