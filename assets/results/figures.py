@@ -75,6 +75,19 @@ def ahead_of_vanilla(values, reference):
     return result
 
 
+def step_of_loss(loss, points):
+    """The step at which a run's loss, interpolated between evaluations, falls to `loss`, or None.
+
+    points: {step: held-out loss} of the run.
+    """
+    steps = sorted(points)
+    for before, after in zip(steps, steps[1:]):
+        if points[before] >= loss >= points[after]:
+            share = (points[before] - loss) / (points[before] - points[after])
+            return round(before + share * (after - before))
+    return None
+
+
 def plot(axis, runs, label, colour):
     """The mean over the runs as a line, the range over them as a shade."""
     if not runs:
@@ -129,9 +142,16 @@ def table():
     for row in read(FOLDER / "distances.csv"):
         if row["run"] == "floor":
             print(f"floor: {row}")
+    losses = {}
     for path in sorted(FOLDER.glob("long-*.csv")):
-        losses = {int(row["step"]): float(row["val_velocity_loss"]) for row in read(path)}
-        print(path.stem, {step: losses[step] for step in losses if step % 4000 == 0})
+        points = {int(row["step"]): float(row["val_velocity_loss"]) for row in read(path)}
+        losses[path.stem] = {step: points[step] for step in points if step % 1000 == 0}
+    print("run, step, held-out loss, step at which long-vanilla has this loss")
+    for run, points in losses.items():
+        for step in points:
+            if step % 4000 == 0:
+                same = step_of_loss(points[step], losses.get("long-vanilla", {}))
+                print(f"{run} {step} {points[step]:.4f} {same}")
 
 
 if __name__ == "__main__":

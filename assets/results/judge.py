@@ -10,10 +10,11 @@ here, on the same images as the runs: one to tell the classes, the other without
 by how many quarter turns an image is rotated. The third, with --kin, is EfficientNet-Lite2 with
 ImageNet weights from a file, the larger sibling of the network that gives the targets.
 
-`score` draws 5,000 samples of each run (EMA, 25 Euler steps, no guidance, equally many of each
-class, the same noise for every run) and appends a row: the Frechet distance of their features to
-those of all held-out images, by each judge, and the share of samples that the first judge gives the
-class that they were drawn for. "floor" stands for 5,000 training images.
+`score` draws 5,000 samples of each run, or as many as --samples says (EMA, 25 Euler steps, no
+guidance, equally many of each class, the same noise for every run), and appends a row: the Frechet
+distance of their features to those of all held-out images, by each judge, and the share of samples
+that the first judge gives the class that they were drawn for. "floor" stands for as many training
+images.
 """
 
 import argparse
@@ -29,8 +30,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's top folder
 import repa_mini
 import sample
-
-SAMPLES = 5000
 
 
 def make_judge(num_classes):
@@ -73,15 +72,15 @@ def look_as_kin(encoder, images):
     return torch.cat([encoder(repa_mini.to_unit(x)).mean(1) for x in batches])
 
 
-def draw(checkpoint):
-    """SAMPLES samples (N, 3, 32, 32) uint8 of a checkpoint, and the classes that they are of."""
+def draw(checkpoint, n, autocast):
+    """n samples (n, 3, 32, 32) uint8 of a checkpoint, and the classes that they are of."""
     model = repa_mini.SiT(**checkpoint["sit"])
     model.load_state_dict(checkpoint["ema"])
     model.eval().requires_grad_(False).compile()
-    images, labels = [], torch.arange(SAMPLES) % 10
-    for numbers in tqdm(torch.arange(SAMPLES).split(100), "samples", disable=None):
+    images, labels = [], torch.arange(n) % 10
+    for numbers in tqdm(torch.arange(n).split(100), "samples", disable=None):
         noise = sample.starting_noise(0, numbers.tolist())
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast:
             x = repa_mini.sample_ode(model, noise, labels[numbers], num_steps=25)
         images.append(repa_mini.to_pixels(x))
     return torch.cat(images), labels
@@ -101,7 +100,7 @@ def frechet_distance(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def train(args):
+def train(args, autocast):
     images, labels, val_images, val_labels, _ = repa_mini.load_data(args.data)
     torch.manual_seed(args.seed)
     is_rotations = args.task == "rotations"
@@ -116,7 +115,7 @@ def train(args):
             x, y = augment(repa_mini.to_unit(images[index]), flip=True), labels[index]
             if is_rotations:
                 x, y = rotate(x)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast:
                 loss = F.cross_entropy(forward(x), y)
             optimizer.zero_grad()
             loss.backward()
@@ -130,7 +129,7 @@ def train(args):
     torch.save(dict(judge=judge.state_dict(), task=args.task, accuracy=accuracy), args.judge)
 
 
-def score(args):
+def score(args, autocast):
     images, labels, val_images, _, _ = repa_mini.load_data(args.data)
     judges = {}
     for path in args.judges:
@@ -144,12 +143,12 @@ def score(args):
         real_kin = look_as_kin(kin, val_images)
     for name in args.runs:
         if name == "floor":
-            chosen = torch.linspace(0, len(images) - 1, SAMPLES).long()
+            chosen = torch.linspace(0, len(images) - 1, args.samples).long()
             run, step, fake, drawn = name, 0, images[chosen], labels[chosen]
         else:
             checkpoint = repa_mini.load_checkpoint(name)
             run, step = Path(name).name, checkpoint["step"]
-            fake, drawn = draw(checkpoint)
+            fake, drawn = draw(checkpoint, args.samples, autocast)
         row = dict(run=run, step=step, samples=len(fake))
         for task, (judge, real) in judges.items():
             features, predicted = look(judge, fake)
@@ -179,5 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("--kin", help="for score: a file with weights of tf_efficientnet_lite2")
     parser.add_argument("--runs", nargs="+", help="for score: folders of runs, or floor")
     parser.add_argument("--output", default="distances.csv", help="for score: a CSV")
+    parser.add_argument("--samples", type=int, default=5000, help="for score: how many of a run")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
-    dict(train=train, score=score)[options.what](options)
+    is_bfloat16 = options.dtype == "bfloat16"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16)
+    dict(train=train, score=score)[options.what](options, autocast)
